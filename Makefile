@@ -1,0 +1,60 @@
+# The doors of the project. `make` alone explains them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SHARDS ?= samples/train/{00000..00003}.tar
+STORE ?= stores/samples.zarr
+RECIPE ?= sample
+WORKERS ?= 2
+ARGS ?=
+
+.PHONY: help setup reinforce verify info submit samples test test-slow chaos check format bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+setup: $(VENV)/ready ## the environment in .venv, with the versions of constraints.txt
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a minute or two, once)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[reinforce,dev]'
+	@touch $@
+
+reinforce: setup ## SHARDS='dir/{00000..00127}.tar' STORE=stores/x.zarr RECIPE=name: write the store; bare: the samples
+	@$(PY) -m reinforce run '$(SHARDS)' --store '$(STORE)' --recipe '$(RECIPE)' --workers '$(WORKERS)' $(ARGS)
+
+info: setup ## STORE=..: what a store holds
+	@$(PY) -m reinforce info '$(STORE)' $(ARGS)
+
+verify: setup ## STORE=.. SHARDS=..: doubt a store, and replay 100 of its views
+	@$(PY) -m reinforce verify '$(STORE)' --shards '$(SHARDS)' --replay 100 $(ARGS)
+
+submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=..: the same as a job on a Ray cluster
+	@test -n '$(RAY_ADDRESS)' || { echo 'say which cluster: make submit RAY_ADDRESS=http://HEAD:8265 SHARDS=.. STORE=..'; exit 2; }
+	@$(PY) -m pipelines.submit '$(SHARDS)' --store '$(STORE)' --recipe '$(RECIPE)' --workers '$(WORKERS)' $(ARGS)
+
+samples: setup ## rebuild the bundled samples: pictures, teachers, captioner (needs apt-get; about half an hour)
+	@$(PY) -m pipelines.samples
+
+test: setup ## the tests, a few minutes
+	@$(PY) -m pytest
+
+test-slow: setup ## tests at full architecture size: memory and minutes
+	@$(PY) -m pytest -m slow
+
+chaos: setup ## kill workers, driver and nodes at random moments, ten times, and compare every byte
+	@$(PY) -m pytest -m chaos
+
+check: setup ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+format: setup ## let ruff lay out the code
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+bench: setup ## every benchmark, one JSON line each
+	@for bench in captioner augment slab; do $(PY) -m benchmarks.$$bench --json; done
+
+clean: ## remove what make reinforce made from the samples
+	rm -rf stores/samples.zarr

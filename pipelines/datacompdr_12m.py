@@ -1,0 +1,23 @@
+"""DataCompDR-12M: 30 views and 5 captions an image, two ViT-L/14 teachers (MobileCLIP, section 4; FACTS of the release).
+
+Command: make reinforce RECIPE=datacompdr_12m SHARDS='s3://bucket/datacomp_12m/{00000000..00001023}.tar' STORE=s3://..
+Machine: planned for a few H100-class GPUs; 83 GPU-hours for 12.8 M images by FLOPs at 55 % of the card's peak. Not run.
+Store:   about 1.1 TB (36 embeddings of 2 x 768 bfloat16 a sample, 110.6 kB, compressed to about three quarters).
+"""
+
+from reinforce.config import Captioner, Recipe, Teacher, ViewSet
+
+TEACHERS = {
+    # OpenAI's weights were trained with QuickGELU; under plain ViT-L-14 they would be another teacher.
+    "openai": Teacher(model="ViT-L-14-quickgelu", pretrained="openai"),
+    "datacomp_xl": Teacher(model="ViT-L-14", pretrained="datacomp_xl_s13b_b90k"),
+}
+COCA = Captioner(model="coca_ViT-L-14", pretrained="mscoco_finetuned_laion2b_s13b_b90k", num_captions=5)
+
+RECIPE = Recipe(
+    name="datacompdr_12m",
+    teachers=TEACHERS,
+    view_sets={"base": ViewSet(num_views=30, view_px=224)},
+    captioners={"coca": COCA},
+    batch_size=256,
+)

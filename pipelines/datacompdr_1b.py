@@ -1,0 +1,12 @@
+"""DataCompDR-1B: as datacompdr_12m, with 10 views an image (MobileCLIP, section 4).
+
+Command: make submit RAY_ADDRESS=http://HEAD:8265 RECIPE=datacompdr_1b SHARDS='s3://..' STORE=s3://..
+Machine: a cluster; 2,993 GPU-hours for 1.28 B images by FLOPs at 55 % of an H200's measured peak. Not run.
+"""
+
+from pipelines.datacompdr_12m import RECIPE as RECIPE_12M
+from reinforce.config import ViewSet
+
+RECIPE = RECIPE_12M.model_copy(
+    update={"name": "datacompdr_1b", "view_sets": {"base": ViewSet(num_views=10, view_px=224)}}
+)

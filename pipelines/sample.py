@@ -1,0 +1,17 @@
+"""The bundled samples: real pictures, two small teachers, a small captioner. Runs anywhere, offline.
+
+Command: make reinforce
+Machine: 2 CPU cores, no GPU.
+"""
+
+from reinforce.config import Captioner, Recipe, Teacher, ViewSet
+
+RECIPE = Recipe(
+    name="sample",
+    teachers={
+        "vit": Teacher(model="local-dir:samples/models/teacher_vit"),
+        "conv": Teacher(model="local-dir:samples/models/teacher_conv"),
+    },
+    view_sets={"base": ViewSet(num_views=4, view_px=64)},
+    captioners={"coca": Captioner(model="local-dir:samples/models/coca", num_captions=3)},
+)

@@ -1,0 +1,173 @@
+"""Every knob of the writer on one page.
+
+A `Recipe` holds what decides the bytes of a store; it is saved in the manifest and a later run must agree with it.
+`RunOptions` holds what does not: how many workers, on which device, how patient.
+"""
+
+import difflib
+import importlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from reinforce.errors import ConfigError
+
+RESERVED = {"augment", "pixels", "caption", "original"}
+
+
+def _column_name(name: str) -> str:
+    if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
+        raise ValueError(
+            f"'{name}' cannot name a column: use letters, digits, '-' and '_', and none of {sorted(RESERVED)}"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_column_name)]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+T = TypeVar("T", bound=Config)
+
+
+class ViewSet(Config):
+    """Views drawn together: RandomResizedCrop, then RandAugment (MobileCLIP, DataCompDR settings by default)."""
+
+    num_views: int = Field(10, ge=1)
+    view_px: int = Field(224, ge=8, description="side of the view at drawing time; the replay proof is taken at it")
+    scale: tuple[float, float] = Field((0.08, 1.0), description="share of the image's area that a crop covers")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height of a crop")
+    num_ops: int = Field(2, ge=0, description="RandAugment operations a view")
+    magnitude: int = Field(9, ge=0, le=30, description="RandAugment's bin, of 31")
+
+
+class Model(Config):
+    """An open_clip model. `pretrained` is a tag or a file; a `local-dir:` or `hf-hub:` model brings its own weights."""
+
+    model: str
+    pretrained: str | None = None
+    precision: Precision = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere; the manifest says which")
+
+
+class Teacher(Model):
+    """A frozen CLIP. Preprocessing comes with the weights; a bare checkpoint file needs `image_mean` and `image_std`
+    said here where its weights were not trained with OpenAI's (MobileCLIP: 0 and 1)."""
+
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+
+
+class Captioner(Model):
+    """A CoCa and how it is sampled (defaults: the published DataCompDR-style settings, nucleus sampling)."""
+
+    num_captions: int = Field(5, ge=1)
+    sampling: Literal["top_p", "top_k", "greedy"] = "top_p"
+    top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int = Field(50, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(30, ge=3, description="length with start and end token")
+    min_tokens: int = Field(5, ge=1, description="no end before so many tokens, the start token counted")
+
+
+class Recipe(Config):
+    """What a store shall hold. Everything here is in the fingerprint, but for `name`, which is a label."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    teachers: dict[Name, Teacher] = Field(min_length=1)
+    view_sets: dict[Name, ViewSet] = Field(default={"base": ViewSet()}, min_length=1)
+    captioners: dict[Name, Captioner] = Field(description="synthetic text sets, by name")
+    num_original_captions: int = Field(1, ge=1, description="captions kept of those that came with the image")
+    batch_size: int = Field(64, ge=1, description="images a forward pass; part of the bytes, since kernels depend on it")
+    cpu_threads: int = Field(1, ge=1, description="torch threads of a CPU worker; part of the bytes, likewise")
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: architectures without their weights, to try shapes and memory"
+    )
+
+
+class RunOptions(Config):
+    """How a run is carried out. Nothing here changes a byte."""
+
+    workers: str = Field("auto", description="number of Ray workers, MIN:MAX for an elastic pool, 0 for no Ray")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_invalid: float = Field(0.1, ge=0, le=1, description="share of a shard's samples that may be bad before it is refused")
+    attempts: int = Field(3, ge=1, description="tries a shard")
+    decode_threads: int = Field(2, ge=1, description="threads of a worker that decode and augment")
+    shards_in_flight: int = Field(2, ge=1, description="shards a worker holds: one computes, the next is being read")
+
+
+def load_recipe(name: str, overrides: list[str] = []) -> Recipe:
+    """The `RECIPE` of pipelines/NAME.py, or a Recipe saved as NAME.json, with `dotted.key=value` overrides.
+
+    Raises ConfigError that names the recipes or keys which come near.
+    """
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"recipe {name}: no such file")
+        tree = json.loads(path.read_text())
+    else:
+        tree = _recipe_of_pipelines(name).model_dump(mode="json")
+    for override in overrides:
+        _override(tree, override)
+    return parse(Recipe, tree, f"recipe {name}")
+
+
+def parse(kind: type[T], tree: Any, where: str) -> T:
+    """A config from its JSON form. Raises ConfigError with every fault on a line of its own."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, fault['loc']))}: {_plain(fault, tree)}" for fault in error.errors()]
+        raise ConfigError(f"{where} is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def _recipe_of_pipelines(name: str) -> Recipe:
+    # By name and not by import: recipes stand above this package, and a user adds hers without touching it.
+    folder = Path(__file__).parent.parent / "pipelines"
+    known = sorted(p.stem for p in folder.glob("*.py") if "RECIPE = " in p.read_text())
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise ConfigError(
+            f"no recipe '{name}'; " + (f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}")
+        )
+    return importlib.import_module(f"pipelines.{name}").RECIPE
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as dotted.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *path, last = dotted.split(".")
+    node: Any = tree
+    for step in path:
+        if not isinstance(node, dict) or step not in node:
+            raise ConfigError(f"--set {override}: no key '{step}'{_near(step, node)}")
+        node = node[step]
+    if not isinstance(node, dict) or last not in node:
+        raise ConfigError(f"--set {override}: no key '{last}'{_near(last, node)}")
+    node[last] = value
+
+
+def _near(key: str, node: Any) -> str:
+    keys = list(node) if isinstance(node, dict) else []
+    near = difflib.get_close_matches(key, keys, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; there are: {', '.join(keys) or 'none'}"
+
+
+def _plain(fault: Any, tree: Any) -> str:
+    if fault["type"] != "extra_forbidden":
+        return str(fault["msg"])
+    for step in fault["loc"][:-1]:
+        tree = tree[step]
+    return f"unknown key{_near(str(fault['loc'][-1]), {k: v for k, v in tree.items() if k != fault['loc'][-1]})}"

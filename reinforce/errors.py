@@ -1,0 +1,63 @@
+"""Every error a user can meet, drawn as one tree.
+
+    ReinforceError
+    ├── ConfigError (ValueError)        the request is wrong; found before any work
+    ├── MissingExtra (ImportError)      an optional part is not installed
+    ├── ShardError (OSError)            a tar cannot be read to its end
+    ├── SampleError (ValueError)        one image or caption cannot be used; goes to quarantine
+    ├── ReplayError (ValueError)        view parameters and image do not belong together
+    └── StoreError
+        ├── ManifestMismatch            the store promises something other than was asked
+        ├── NotCommitted (LookupError)  the column is not there (yet)
+        └── Corrupt                     the column is there and is damaged
+
+A message says what is wrong, where (shard, key, column), and what to do.
+"""
+
+
+class ReinforceError(Exception):
+    """Base of all errors raised on purpose by this project."""
+
+
+class ConfigError(ReinforceError, ValueError):
+    """The request is wrong: an unknown key, an impossible value, a pattern that names nothing."""
+
+
+class MissingExtra(ReinforceError, ImportError):
+    """A part of the project that needs an optional dependency was used without it."""
+
+
+class ShardError(ReinforceError, OSError):
+    """A tar cannot be opened, or ends in the middle."""
+
+
+class SampleError(ReinforceError, ValueError):
+    """One sample cannot be used. `status` (a `shards.Status`) is why; the message is the detail."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status, message)
+        self.status = status
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ReplayError(ReinforceError, ValueError):
+    """The parameters of a view were drawn for an image of another size."""
+
+
+class StoreError(ReinforceError):
+    """Base of what can be wrong with a store."""
+
+
+class ManifestMismatch(StoreError):
+    """What was asked and what the store holds do not agree."""
+
+
+class NotCommitted(StoreError, LookupError):
+    """A column was asked for that has not been written."""
+
+
+class Corrupt(StoreError):
+    """A committed column is damaged: an object is missing, empty or altered."""

@@ -1,0 +1,102 @@
+"""Bytes of an image in, RGB pixels out; or the reason why not.
+
+Pillow's readers are called by name and not through `Image.open`, which hides why a file was refused, takes formats that
+nobody asked for, and warns of size before one can look at it.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from reinforce.errors import SampleError
+from reinforce.shards import Status
+
+MAX_PIXELS = 89_478_485  # the limit from which Pillow warns of a decompression bomb: 256 MiB of RGB
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow raises on broken bytes; found by fuzzing.
+_FAULTS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError,
+    struct.error, zlib.error,
+)  # fmt: skip
+
+# Pillow warns of odd metadata, which is no fault of the pixels. Once for the process: `catch_warnings` is not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def decode(image: bytes) -> Image.Image:
+    """The image upright, RGB, uint8: its first frame, over white where transparent, 16-bit values scaled to 8.
+
+    Takes JPEG, PNG and WebP, known by their bytes. Raises SampleError for all that cannot be shown whole.
+    """
+    reader = _reader(image)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # any library may have set it, and then half an image passes for a whole one
+    try:
+        picture = reader(io.BytesIO(image))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"is of {picture.width} x {picture.height} pixels")
+        if reader is PngImageFile:
+            reader(io.BytesIO(image)).verify()  # reading pixels does not look at their checksums
+        picture.load()
+        return _upright(picture, _rgb(picture))
+    except Image.DecompressionBombError as error:
+        raise SampleError(Status.TOO_MANY_PIXELS, f"image: {error}, limit {MAX_PIXELS} pixels; make it smaller") from error
+    except _FAULTS as error:
+        status = Status.BROKEN_IMAGE if _has_end(image) else Status.TRUNCATED_IMAGE
+        raise SampleError(status, f"image: {reader.format} cannot be decoded: {error}; fetch it again") from error
+
+
+def _reader(image: bytes) -> type[ImageFile.ImageFile]:
+    if not image:
+        raise SampleError(Status.EMPTY_IMAGE, "image: has no bytes; fetch it again")
+    if image.startswith(b"\xff\xd8\xff"):
+        return JpegImageFile  # and the first frame of an MPO
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImageFile
+    if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
+        return WebPImageFile
+    raise SampleError(
+        Status.UNKNOWN_IMAGE_FORMAT, f"image: starts with {image[:12]!r}, and is no JPEG, PNG or WebP; convert it"
+    )
+
+
+def _has_end(image: bytes) -> bool:
+    if image.startswith(b"RIFF"):
+        return len(image) >= 8 + int.from_bytes(image[4:8], "little")
+    return (b"\xff\xd9" if image.startswith(b"\xff") else b"IEND\xaeB`\x82") in image[-64:]  # some writers pad
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "I;16":  # Pillow would clip
+        wide = np.asarray(picture)
+        high = (wide >> 8).astype(np.uint8)  # as Pillow does with 16-bit colour
+        high[wide == picture.info.get("transparency", -1)] = 255
+        return Image.fromarray(high).convert("RGB")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def _upright(picture: Image.Image, rgb: Image.Image) -> Image.Image:
+    try:
+        orientation = picture.getexif().get(_EXIF_ORIENTATION)
+    except _FAULTS:  # broken metadata turns nothing
+        return rgb
+    turn = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return rgb if turn is None else rgb.transpose(turn)

@@ -1,0 +1,1 @@
+"""Reads a store into a student. Not built yet."""
