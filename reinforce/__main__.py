@@ -12,6 +12,7 @@ import typer
 
 from reinforce.config import RunOptions, load_recipe, parse
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
+from reinforce.reports import RunReport
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -100,20 +101,21 @@ def verify(
     raise typer.Exit(0 if report.sound else 1)
 
 
-def _print_run(report: Any, shards: str) -> None:
-    done = report.shards - report.already_there - len(report.failed)
-    if not done and not report.failed:
+def _print_run(report: RunReport, shards: str) -> None:
+    if report.already_there == report.shards:
         print(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
     else:
         print(
-            f"{done} of {report.shards} shards reinforced in {report.seconds:.0f} s"
+            f"{report.done} of {report.shards} shards reinforced in {report.seconds:.0f} s"
             + (f", {report.already_there} were there already" if report.already_there else "")
             + f": {report.samples} samples read, {report.valid} good"
             + "".join(f", {num} {reason}" for reason, num in report.quarantined.items())
             + "."
         )
-    for failure in report.failed:
-        print(f"  failed after {failure['attempts']} tries: {failure['shard']}: {failure['reason']}")
+    if report.failed:
+        print(f"{len(report.failed)} shards failed; nothing of them was written. Run again to try them again:")
+        for failure in report.failed:
+            print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
     print(
         f"Store: {report.store}\n"
         f"Next:  python -m reinforce info {report.store}\n"

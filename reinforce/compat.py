@@ -1,4 +1,4 @@
-"""Makes `import torchvision` work on a CPU build of torch. Call before importing torchvision, timm or open_clip.
+"""The only door to open_clip: `from reinforce.compat import open_clip`, which works on a CPU build of torch too.
 
 The torchvision wheel of the package index is linked to CUDA's torch. On a CPU torch its compiled operators silently
 do not load, and its import then fails while describing two of them. Declaring these two is enough for its pure-Python
@@ -9,6 +9,8 @@ import importlib
 import sys
 
 import torch
+
+from reinforce.errors import MissingExtra
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -32,3 +34,12 @@ def ensure_torchvision() -> None:
         library.define(schema)
     _declared.append(library)
     importlib.import_module("torchvision")
+
+
+try:
+    ensure_torchvision()
+    import open_clip
+except ImportError as error:
+    raise MissingExtra(f"{error.name} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]'") from error
+
+__all__ = ["ensure_torchvision", "open_clip"]

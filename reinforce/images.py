@@ -31,11 +31,12 @@ _TRANSPOSE = {
 }
 # What Pillow raises on broken bytes; found by fuzzing.
 _FAULTS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, MemoryError,
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AssertionError,
     struct.error, zlib.error,
 )  # fmt: skip
 
-# Pillow warns of odd metadata, which is no fault of the pixels. Once for the process: `catch_warnings` is not thread-safe.
+# Pillow warns of odd metadata, which is no fault of the pixels. For the whole process, since `catch_warnings` is not
+# thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -45,20 +46,21 @@ def decode(image: bytes) -> Image.Image:
     Takes JPEG, PNG and WebP, known by their bytes. Raises SampleError for all that cannot be shown whole.
     """
     reader = _reader(image)
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # any library may have set it, and then half an image passes for a whole one
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # where a library has set it, half an image passes for a whole one
     try:
         picture = reader(io.BytesIO(image))
         if picture.width * picture.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"is of {picture.width} x {picture.height} pixels")
+            raise Image.DecompressionBombError(f"it has {picture.width} x {picture.height}")
         if reader is PngImageFile:
             reader(io.BytesIO(image)).verify()  # reading pixels does not look at their checksums
         picture.load()
         return _upright(picture, _rgb(picture))
     except Image.DecompressionBombError as error:
-        raise SampleError(Status.TOO_MANY_PIXELS, f"image: {error}, limit {MAX_PIXELS} pixels; make it smaller") from error
+        raise SampleError(Status.TOO_MANY_PIXELS, f"image: over {MAX_PIXELS} pixels: {error}; make it smaller") from error
     except _FAULTS as error:
         status = Status.BROKEN_IMAGE if _has_end(image) else Status.TRUNCATED_IMAGE
-        raise SampleError(status, f"image: {reader.format} cannot be decoded: {error}; fetch it again") from error
+        fault = str(error) or type(error).__name__
+        raise SampleError(status, f"image: {reader.format} cannot be decoded: {fault}; fetch it again") from error
 
 
 def _reader(image: bytes) -> type[ImageFile.ImageFile]:

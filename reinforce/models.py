@@ -1,6 +1,6 @@
 """An open_clip model, loaded, checked, and named by a digest of its weights.
 
-Teachers and captioners are both of this kind. This is the only file that imports open_clip's factory.
+Teachers and captioners are both of this kind.
 """
 
 import contextlib
@@ -14,15 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reinforce.compat import ensure_torchvision
+from reinforce.compat import open_clip
 from reinforce.config import Model, Teacher
-from reinforce.errors import ConfigError, MissingExtra
-
-try:
-    ensure_torchvision()
-    import open_clip
-except ImportError as error:
-    raise MissingExtra(f"{error.name} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]'") from error
+from reinforce.errors import ConfigError
 
 SCHEMAS = ("local-dir:", "hf-hub:")
 

@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from reinforce.worker import ShardReport
+from reinforce.reports import ShardReport
 
 _QUIET_S = 10.0  # plain lines come no closer together than this, but for the last
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 
@@ -94,8 +94,8 @@ def expand(patterns: str) -> list[Shard]:
 def _urls(pattern: str) -> Iterator[str]:
     try:
         urls = list(braceexpand(pattern))
-    except UnbalancedBracesError:
-        raise ConfigError(f"{pattern}: a brace is not closed; write it as {{00000..00127}} or {{a,b}}") from None
+    except ValueError as error:
+        raise ConfigError(f"{pattern}: {error}; write braces as {{00000..00127}} or {{a,b}}") from None
     for url in urls:
         protocol = fsspec.utils.get_protocol(url)
         try:
@@ -103,7 +103,7 @@ def _urls(pattern: str) -> Iterator[str]:
         except ImportError as error:
             raise MissingExtra(f"{url}: {error}") from None
         except ValueError:
-            raise ConfigError(f"{url}: no file system is known for '{protocol}://'; try s3://, gs:// or hf://") from None
+            raise ConfigError(f"{url}: no file system is called '{protocol}'; try s3://, gs:// or hf://") from None
         if "*" not in url and not local:
             yield url
             continue
@@ -127,7 +127,9 @@ def read(shard: Shard) -> Iterator[Sample]:
         for parts in copies:
             try:
                 if key in seen:
-                    raise SampleError(Status.DUPLICATE_KEY, f"{key}: is in the tar already; give each sample its own key")
+                    raise SampleError(
+                        Status.DUPLICATE_KEY, f"{key}: comes again; give each sample one key, its files side by side"
+                    )
                 sample = Sample(key, _image(key, parts), _captions(key, parts))
             except SampleError as error:
                 sample = Sample(key, b"", (), Status(error.status), error.message)
@@ -154,10 +156,10 @@ class _Header(tarfile.TarInfo):
     """A member's header that is whole or an error; only blocks of zeros are the end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed leaves it out
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its stubs leave it out
             raise
         except tarfile.HeaderError:
             if len(buf) < tarfile.BLOCKSIZE:
@@ -178,7 +180,7 @@ def _members(shard: Shard) -> Iterator[tuple[str, str, bytes]]:
             ) as tar,
         ):
             while (member := tar.next()) is not None:
-                tar.members.clear()  # else it remembers every header
+                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every header
                 name = _split(member.name)
                 # A sparse file of a few bytes may claim to be of any size.
                 file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
@@ -220,7 +222,9 @@ def _image(key: str, parts: dict[str, bytes]) -> bytes:
     for extension in IMAGES:
         if extension in parts:
             return parts[extension]
-    raise SampleError(Status.MISSING_IMAGE, f"{key}: has no image, only .{', .'.join(parts)}; add one of .{', .'.join(IMAGES)}")
+    raise SampleError(
+        Status.MISSING_IMAGE, f"{key}: has no image, only {', '.join(parts)}; add one of {', '.join(IMAGES)}"
+    )
 
 
 def _captions(key: str, parts: dict[str, bytes]) -> tuple[str, ...]:

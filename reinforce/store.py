@@ -92,7 +92,7 @@ class Store:
         Rows lie on the last axis of (N,), (A, N), (C, N) and on the second of (A, N, D), (C, N, D), (A, N, P); `size`
         is (N, 2). A chunk holds one view (or caption) of up to CHUNK_ROWS rows.
         """
-        objects = _encode(array, _chunk_shape(column, array.shape))
+        objects = _encode(array, _row_axis(column, array))
         metadata = objects.pop("zarr.json")
         self._put_groups(shard, column)
         prefix = f"{shard}/{column}"
@@ -222,15 +222,18 @@ class _Strict(WrapperStore[ZarrStore]):
         return value
 
 
-def _chunk_shape(column: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    rows_first = len(shape) == 1 or column == "size"
-    chunk = [1 if axis == 0 and not rows_first else length for axis, length in enumerate(shape)]
-    row_axis = 0 if rows_first else 1
-    chunk[row_axis] = min(chunk[row_axis], CHUNK_ROWS)
+def _row_axis(column: str, array: np.ndarray) -> int:
+    return 0 if array.ndim == 1 or column == "size" else 1
+
+
+def _chunk_shape(shape: tuple[int, ...], row_axis: int) -> tuple[int, ...]:
+    chunk = [min(length, CHUNK_ROWS) if axis == row_axis else length for axis, length in enumerate(shape)]
+    if row_axis == 1:
+        chunk[0] = 1
     return tuple(max(1, length) for length in chunk)
 
 
-def _encode(array: np.ndarray, chunks: tuple[int, ...]) -> dict[str, bytes]:
+def _encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
     """The objects of a Zarr v3 array: chunks `c.0.0.0` and `zarr.json`, always the same for the same array."""
     is_text = array.dtype.kind in "UTO"
     compressor = ZstdCodec(level=3) if is_text else BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
@@ -239,7 +242,7 @@ def _encode(array: np.ndarray, chunks: tuple[int, ...]) -> dict[str, bytes]:
         memory,
         shape=array.shape,
         dtype="string" if is_text else array.dtype,
-        chunks=chunks,
+        chunks=_chunk_shape(array.shape, row_axis),
         fill_value="" if is_text else _loud(array.dtype),
         filters=None,
         compressors=[compressor, Crc32cCodec()],
@@ -251,7 +254,6 @@ def _encode(array: np.ndarray, chunks: tuple[int, ...]) -> dict[str, bytes]:
     contents = memory._store_dict
     names = sorted(name for name in contents if name != "zarr.json")
     digest = hashlib.sha256(b"".join(contents[name].to_bytes() for name in names)).hexdigest()
-    row_axis = 0 if array.ndim == 1 or chunks[0] > 1 else 1
     made.update_attributes({"rows": array.shape[row_axis], "num_chunks": len(names), "sha256": digest})
     return {name: contents[name].to_bytes() for name in [*names, "zarr.json"]}
 

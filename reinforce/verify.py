@@ -4,20 +4,21 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from reinforce import augment, images, shards
 from reinforce.config import Recipe
-from reinforce.errors import ConfigError, Corrupt
+from reinforce.errors import ConfigError, Corrupt, MissingExtra
 from reinforce.info import promised
 from reinforce.manifest import Manifest, columns
-from reinforce.models import pick_device
 from reinforce.shards import Shard, Status
 from reinforce.store import Store
-from reinforce.teachers import Teacher
+
+if TYPE_CHECKING:
+    from reinforce.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +140,14 @@ def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[st
     return asks
 
 
-def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, Teacher]:
+def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Teacher"]:
     """The teachers that are at hand and are those of the manifest; pixels alone can be compared without them."""
+    try:
+        from reinforce.models import pick_device
+        from reinforce.teachers import Teacher
+    except MissingExtra as error:
+        log.warning("cosines are left out: %s", error)
+        return {}
     teachers = {}
     seed = recipe.seed if recipe.weights == "random" else None
     for name, config in recipe.teachers.items():

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
@@ -20,26 +19,10 @@ from reinforce.errors import ShardError
 from reinforce.feed import Batch, Rows, ahead, batches, views
 from reinforce.manifest import Manifest, columns
 from reinforce.models import pick_device
+from reinforce.reports import ShardReport
 from reinforce.shards import Shard, Status
 from reinforce.store import Store
 from reinforce.teachers import Teacher
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """Counts of one shard: read = valid + the sum of quarantined. `error` says why nothing of it was written."""
-
-    shard: str
-    read: int = 0
-    quarantined: dict[str, int] = field(default_factory=dict)
-    empty_captions: int = 0
-    columns_written: int = 0
-    seconds: float = 0.0
-    error: str = ""
-
-    @property
-    def valid(self) -> int:
-        return self.read - sum(self.quarantined.values())
 
 
 class Worker:

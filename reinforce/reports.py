@@ -1,0 +1,58 @@
+"""What workers and runs say they did: counts, never data. These travel through Ray and out of `--json`."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """One shard: read = valid + the sum of quarantined. `error` says why nothing of it was written."""
+
+    shard: str
+    read: int = 0
+    quarantined: dict[str, int] = field(default_factory=dict)
+    empty_captions: int = 0
+    columns_written: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def valid(self) -> int:
+        return self.read - sum(self.quarantined.values())
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A shard that is still not whole after so many tries."""
+
+    shard: str
+    attempts: int
+    reason: str
+
+
+@dataclass
+class RunReport:
+    """One run. `samples`, `valid`, `quarantined` count the shards committed in it."""
+
+    store: str
+    shards: int
+    already_there: int
+    done: int = 0
+    samples: int = 0
+    valid: int = 0
+    quarantined: dict[str, int] = field(default_factory=dict)
+    empty_captions: int = 0
+    failed: list[Failure] = field(default_factory=list)
+    workers_lost: int = 0
+    seconds: float = 0.0
+
+    def add(self, report: ShardReport, attempts: int) -> None:
+        """Count a shard's last report."""
+        if report.error:
+            self.failed.append(Failure(report.shard, attempts, report.error))
+            return
+        self.done += 1
+        self.samples += report.read
+        self.valid += report.valid
+        self.empty_captions += report.empty_captions
+        self.quarantined = dict(sorted((Counter(self.quarantined) + Counter(report.quarantined)).items()))
