@@ -7,7 +7,11 @@ SHARDS ?= samples/train/{00000..00003}.tar
 STORE ?= stores/samples.zarr
 RECIPE ?= sample
 WORKERS ?= 2
+SUBMIT_WORKERS ?= auto
 ARGS ?=
+
+# A job runs in a folder of its own on some node: local paths have to be absolute.
+everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
 .PHONY: help setup reinforce verify info submit samples test test-slow chaos check format bench clean
 
@@ -33,7 +37,9 @@ verify: setup ## STORE=.. SHARDS=..: doubt a store, and replay 100 of its views
 
 submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=..: the same as a job on a Ray cluster
 	@test -n '$(RAY_ADDRESS)' || { echo 'say which cluster: make submit RAY_ADDRESS=http://HEAD:8265 SHARDS=.. STORE=..'; exit 2; }
-	@$(PY) -m pipelines.submit '$(SHARDS)' --store '$(STORE)' --recipe '$(RECIPE)' --workers '$(WORKERS)' $(ARGS)
+	@$(VENV)/bin/ray job submit --address '$(RAY_ADDRESS)' --working-dir . --runtime-env pipelines/cluster/runtime_env.yaml \
+		-- python -m reinforce run '$(call everywhere,$(SHARDS))' --store '$(call everywhere,$(STORE))' \
+		--recipe '$(RECIPE)' --workers '$(SUBMIT_WORKERS)' $(ARGS)
 
 samples: setup ## rebuild the bundled samples: pictures, teachers, captioner (needs apt-get; about half an hour)
 	@$(PY) -m pipelines.samples
@@ -54,7 +60,7 @@ format: setup ## let ruff lay out the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
 bench: setup ## every benchmark, one JSON line each
-	@for bench in captioner augment slab; do $(PY) -m benchmarks.$$bench --json; done
+	@for bench in coca augment slab; do $(PY) -m benchmarks.$$bench --json; done
 
 clean: ## remove what make reinforce made from the samples
 	rm -rf stores/samples.zarr

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -53,7 +53,8 @@ def run(
             },
             "the request",
         )
-        report = run_driver(shards, store, loaded, options)
+        with redirect_stdout(sys.stderr):  # Ray prints news of its workers on stdout, which is for the answer
+            report = run_driver(shards, store, loaded, options)
         if json_:
             print(json.dumps(asdict(report)))
         else:

@@ -111,7 +111,10 @@ def load_recipe(name: str, overrides: list[str] = []) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"recipe {name}: no such file")
-        tree = json.loads(path.read_text())
+        try:
+            tree = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"recipe {name} is not JSON: {error}") from None
     else:
         tree = _recipe_of_pipelines(name).model_dump(mode="json")
     for override in overrides:

@@ -56,7 +56,7 @@ def decode(image: bytes) -> Image.Image:
         picture.load()
         return _upright(picture, _rgb(picture))
     except Image.DecompressionBombError as error:
-        raise SampleError(Status.TOO_MANY_PIXELS, f"image: over {MAX_PIXELS} pixels: {error}; make it smaller") from error
+        raise SampleError(Status.TOO_MANY_PIXELS, f"image: over {MAX_PIXELS} pixels: {error}; shrink it") from error
     except _FAULTS as error:
         status = Status.BROKEN_IMAGE if _has_end(image) else Status.TRUNCATED_IMAGE
         fault = str(error) or type(error).__name__
@@ -90,8 +90,9 @@ def _rgb(picture: Image.Image) -> Image.Image:
         high[wide == picture.info.get("transparency", -1)] = 255
         return Image.fromarray(high).convert("RGB")
     if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        layer = picture.convert("RGBA")
+        picture = Image.new("RGB", layer.size, "white")
+        picture.paste(layer, mask=layer)
     return picture.convert("RGB")
 
 

@@ -12,9 +12,11 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import IO
 
 import fsspec
 from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 
@@ -22,7 +24,7 @@ IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has 
 CAPTIONS = ("txt", "json")
 _META = re.compile(r"__[^/]*__(/|$)")
 # What tarfile and the file systems below it raise on damaged or unreachable bytes; found by fuzzing.
-_TAR_FAULTS = (tarfile.TarError, OSError, EOFError, ValueError)
+_TAR_FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
 
 
 class Status(IntEnum):
@@ -99,7 +101,7 @@ def _urls(pattern: str) -> Iterator[str]:
     for url in urls:
         protocol = fsspec.utils.get_protocol(url)
         try:
-            local = fsspec.get_filesystem_class(protocol).protocol == ("file", "local")
+            local = issubclass(fsspec.get_filesystem_class(protocol), LocalFileSystem)
         except ImportError as error:
             raise MissingExtra(f"{url}: {error}") from None
         except ValueError:
@@ -152,6 +154,22 @@ def write(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
+class _File(io.RawIOBase):
+    """Raises where tarfile would read on and on past the end, to skip a member of absurd size."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self.file = file
+        self.ended = False
+
+    def read(self, size: int = -1, /) -> bytes:
+        if self.ended:
+            raise tarfile.ReadError("unexpected end of data")
+        data = self.file.read(size)
+        self.ended = not data
+        return data
+
+
 class _Header(tarfile.TarInfo):
     """A member's header that is whole or an error; only blocks of zeros are the end."""
 
@@ -173,21 +191,23 @@ def _members(shard: Shard) -> Iterator[tuple[str, str, bytes]]:
     """(key, extension, bytes) of regular files, the bytes of images and captions only."""
     try:
         with (
-            fsspec.open(shard.url, "rb") as stream,
+            fsspec.open(shard.url, "rb") as file,
             # UTF-8 whatever the locale; a name that is not stays a valid string, as a store needs.
             tarfile.open(
-                fileobj=stream, mode="r|", tarinfo=_Header, encoding="utf-8", errors="backslashreplace"
+                fileobj=_File(file), mode="r|", tarinfo=_Header, encoding="utf-8", errors="backslashreplace"
             ) as tar,
         ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every header
                 name = _split(member.name)
                 # A sparse file of a few bytes may claim to be of any size.
-                file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-                if name is not None and file is not None:
-                    yield *name, file.read() if name[1] in IMAGES + CAPTIONS else b""
-            while block := tar.fileobj.read(1 << 16):  # type: ignore[union-attr]
-                if block.strip(b"\0"):
+                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+                if name is not None and content is not None:
+                    yield *name, content.read() if name[1] in IMAGES + CAPTIONS else b""
+            tail = bytes(1 << 16)
+            while len(tail) == 1 << 16:
+                tail = tar.fileobj.read(1 << 16)
+                if tail.strip(b"\0"):
                     raise tarfile.ReadError("there is data after its end-of-archive marker (joined tars, or a hole)")
     except _TAR_FAULTS as error:
         raise ShardError(f"{shard.url}: cannot be read: {error}; fetch or write it again, or leave it out") from error

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NORM_TOLERANCE = 0.01  # a unit vector rounded to bfloat16 stays well inside
+_MIN_COSINE = 0.999  # between a stored embedding and the same view encoded again; rounding to bfloat16 stays inside
 
 
 @dataclass
@@ -37,8 +38,12 @@ class VerifyReport:
 
     @property
     def sound(self) -> bool:
-        pixels_differ = self.replay is not None and self.replay["pixel_equal"] < self.replay["views"]
-        return not (self.corrupt or self.missing or pixels_differ)
+        if self.corrupt or self.missing:
+            return False
+        if self.replay is None:
+            return True
+        cosine = self.replay["cosine_min"]
+        return self.replay["pixel_equal"] == self.replay["views"] and (cosine is None or cosine >= _MIN_COSINE)
 
 
 def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto") -> VerifyReport:

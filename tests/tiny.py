@@ -50,12 +50,22 @@ def models(folder: Path) -> Recipe:
 def _model(folder: Path, model_cfg: dict, preprocess_cfg: dict, seed: int) -> None:
     folder.mkdir(parents=True)
     with gzip.GzipFile(folder / "bpe.txt.gz", "wb", mtime=0) as file:
-        file.write(b"#version: tiny\n")
+        file.write(b"#version: tiny")  # no newline: it would be an empty merge
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg | {"interpolation": "bicubic"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False)
+    if isinstance(model, open_clip.CoCa):
+        _speak_in_letters(model)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+
+
+def _speak_in_letters(model: open_clip.CoCa) -> None:
+    """Random weights choose random bytes, which decode to nothing readable: raise the letters above the others."""
+    others = [token for token in range(_VOCABULARY - 1) if not 64 <= token % 256 < 90]
+    with torch.no_grad():
+        model.text_decoder.ln_final.bias.fill_(1)
+        model.text_decoder.text_projection[:, others] -= 1
 
 
 def picture(seed: int) -> bytes:

@@ -1,0 +1,79 @@
+"""Runs of the real command in processes that can be found and killed: all of a run's carry a mark in their environment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Run:
+    """`python -m reinforce run ...` on a private local Ray, started at once."""
+
+    def __init__(self, shards: str, store: Path, recipe: Path, workers: str = "2", *more: str) -> None:
+        self.mark = uuid.uuid4().hex
+        environment = os.environ | {"RUN_MARK": self.mark, "RAY_ADDRESS": ""}
+        command = [sys.executable, "-m", "reinforce", "run", shards, "--store", str(store), "--recipe", str(recipe)]
+        self.process = subprocess.Popen(
+            [*command, "--workers", workers, "--device", "cpu", "--json", *more],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait(self) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        out, err = self.process.communicate(timeout=400)
+        return self.process.returncode, out, err
+
+    def workers(self) -> list[int]:
+        """Processes of the actors."""
+        return [pid for pid in marked(self.mark) if "ray::RemoteWorker" in command_line(pid)]
+
+    def kill_driver(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def kill_everything(self) -> None:
+        kill(marked(self.mark))
+        self.process.wait()
+
+    def gone(self) -> None:
+        """Wait until nothing of this run is alive, so that the next one is alone; a dead driver takes its Ray along."""
+        deadline = time.monotonic() + 60
+        while marked(self.mark) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        kill(marked(self.mark))
+
+
+def marked(mark: str, name: str = "RUN_MARK") -> list[int]:
+    """Processes with the mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{name}={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # gone meanwhile
+    return found
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

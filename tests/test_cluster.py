@@ -1,0 +1,124 @@
+"""A real Ray of two nodes on loopback, a job sent with `ray job submit`, one node killed in mid-run: the same bytes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from reinforce import driver
+from reinforce.config import Recipe, RunOptions
+from tests import tiny
+from tests.processes import ROOT, command_line, kill, marked
+
+BIN = Path(sys.executable).parent
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+class Node:
+    """`ray start`, in the foreground, with a mark on all its processes."""
+
+    def __init__(self, temp: Path, *arguments: str) -> None:
+        self.mark = uuid.uuid4().hex
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
+            "NODE_MARK": self.mark,
+            "RAY_AUTH_MODE": "disabled",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        self.log = (temp / f"{self.mark}.log").open("w")
+        self.process = subprocess.Popen(
+            [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments],
+            env=environment,
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def pids(self) -> list[int]:
+        return marked(self.mark, "NODE_MARK")
+
+    def workers(self) -> list[int]:
+        return [pid for pid in self.pids() if "ray::RemoteWorker" in command_line(pid)]
+
+    def kill(self) -> None:
+        kill(self.pids())
+        self.process.wait()
+        self.log.close()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_job_outlives_one_of_its_two_nodes(recipe: Recipe, tmp_path: Path) -> None:
+    tars = "::".join(tiny.tar(tmp_path / f"{i:05d}.tar", 30, seed=i) for i in range(16))
+    driver.run(tars, str(tmp_path / "alone"), recipe, RunOptions(workers="0", device="cpu"))
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe.model_dump_json())
+    port, dashboard = free_port("127.0.0.2"), free_port("127.0.0.1")
+    temp = Path(f"/tmp/ray-{uuid.uuid4().hex[:8]}")  # short: Ray puts sockets there, whose paths have a limit
+    temp.mkdir()
+    head = Node(
+        tmp_path,
+        "--head",
+        "--node-ip-address=127.0.0.2",
+        f"--port={port}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        f"--temp-dir={temp}",
+    )
+    nodes = [head]
+    try:
+        wait_for(lambda: connects("127.0.0.1", dashboard), 120, "the dashboard")
+        second = Node(tmp_path, f"--address=127.0.0.2:{port}", "--node-ip-address=127.0.0.3")
+        nodes.append(second)
+        job = subprocess.Popen(
+            [
+                "make",
+                "submit",
+                f"RAY_ADDRESS=http://127.0.0.1:{dashboard}",
+                f"SHARDS={tars}",
+                f"STORE={tmp_path / 's'}",
+                f"RECIPE={path}",
+                "SUBMIT_WORKERS=2",
+                "ARGS=--json --device cpu",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wait_for(lambda: second.workers() and list(tmp_path.glob("s/*/key")), 300, "work on the second node", job)
+        second.kill()
+        out, _ = job.communicate(timeout=400)
+        assert job.returncode == 0, out
+        told = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
+        assert told["failed"] == [] and told["workers_lost"] >= 1
+        assert tiny.tree(tmp_path / "s") == tiny.tree(tmp_path / "alone")
+    finally:
+        for node in nodes:
+            node.kill()
+
+
+def wait_for(condition, timeout_s: float, what: str, job: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if job and job.poll() is not None:
+            raise AssertionError(f"the job ended while waiting for {what}: {job.stdout.read()}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s for {what}")
+        time.sleep(0.05)
+
+
+def connects(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((address, port)) == 0

@@ -1,0 +1,134 @@
+"""Runs on a real local Ray: the same bytes for any number of workers and any order; what is done is not done again."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from reinforce import driver
+from reinforce.config import Recipe, RunOptions
+from reinforce.errors import ConfigError, ManifestMismatch
+from tests import tiny
+from tests.processes import Run, kill
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Five shards: longer than a batch, a last batch of one, shorter than a batch, empty, one with a bad image."""
+    folder = tmp_path_factory.mktemp("tars")
+    sizes = [(11, 0), (9, 0), (3, 0), (0, 0), (10, 1)]
+    return [tiny.tar(folder / f"{i:05d}.tar", good, bad, seed=i) for i, (good, bad) in enumerate(sizes)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray for all runs of this file that bring none of their own; a run connects to it and leaves it running."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def on_ray(cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Recipe, tars: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store that one worker without Ray makes, in the given order."""
+    store = tmp_path_factory.mktemp("alone") / "s"
+    report = driver.run("::".join(tars), str(store), recipe, RunOptions(workers="0", device="cpu"))
+    assert (report.done, report.samples, report.valid, report.failed) == (5, 34, 33, [])
+    return tiny.tree(store)
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "3", "1:3"])
+def test_same_bytes_for_any_number_of_workers_and_any_order(
+    on_ray: None, recipe: Recipe, tars: list[str], alone: dict[str, bytes], tmp_path: Path, workers: str
+) -> None:
+    options = RunOptions(workers=workers, device="cpu")
+    report = driver.run("::".join(reversed(tars)), str(tmp_path / "s"), recipe, options)
+    assert report.done == 5 and sum(report.quarantined.values()) == 1
+    assert tiny.tree(tmp_path / "s") == alone
+
+
+def test_a_whole_store_needs_neither_ray_nor_models(
+    recipe: Recipe, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RunOptions(workers="0", device="cpu")
+    driver.run(tars[2], str(tmp_path / "s"), recipe, options)
+    monkeypatch.setattr(driver, "Crew", None)
+    report = driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers="2"))
+    assert (report.already_there, report.done, report.failed) == (1, 0, [])
+
+
+def test_failed_shards_are_told_and_the_others_done(
+    on_ray: None, recipe: Recipe, tars: list[str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(Path(tars[0]).read_bytes()[:3000])
+    bad = tiny.tar(tmp_path / "bad.tar", 2, 2, seed=8)
+    report = driver.run(
+        f"{broken}::{tars[1]}::{bad}", str(tmp_path / "s"), recipe, RunOptions(workers="1", device="cpu")
+    )
+    assert report.done == 1
+    assert {failure.shard: failure.attempts for failure in report.failed} == {"broken": 1, "bad": 1}
+    assert "2 of 4 samples are invalid" in next(f.reason for f in report.failed if f.shard == "bad")
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["00001", "zarr.json"]
+
+
+def test_a_recipe_that_disagrees_stops_before_any_work(recipe: Recipe, tars: list[str], tmp_path: Path) -> None:
+    options = RunOptions(workers="0", device="cpu")
+    driver.run(tars[2], str(tmp_path / "s"), recipe, options)
+    before = tiny.tree(tmp_path / "s")
+    other = Recipe.model_validate(recipe.model_dump() | {"seed": 9})
+    with pytest.raises(ManifestMismatch, match="the store has 0, this run asks for 9"):
+        driver.run(tars[0], str(tmp_path / "s"), other, options)
+    assert tiny.tree(tmp_path / "s") == before
+
+
+def test_a_wrong_model_ends_a_ray_run_with_its_sentence(
+    on_ray: None, recipe: Recipe, tars: list[str], tmp_path: Path
+) -> None:
+    tree = recipe.model_dump()
+    tree["teachers"]["vit"]["model"] = "local-dir:nowhere"
+    with pytest.raises(ConfigError, match="no open_clip_config.json in .*nowhere"):
+        driver.run(
+            tars[2], str(tmp_path / "s"), Recipe.model_validate(tree), RunOptions(workers="1", device="cpu")
+        )
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("workers", ["x", "3:2", "0:2", "-1", "1:2:3"])
+def test_wrong_numbers_of_workers_get_a_sentence(recipe: Recipe, tmp_path: Path, workers: str) -> None:
+    with pytest.raises(ConfigError, match="--workers"):
+        driver.run("x.tar", str(tmp_path / "s"), recipe, RunOptions(workers=workers))
+
+
+@pytest.mark.parametrize("victim", ["worker", "driver", "everything"])
+def test_killed_once_and_run_again(
+    recipe: Recipe, tars: list[str], alone: dict[str, bytes], tmp_path: Path, victim: str
+) -> None:
+    """One kill each, as soon as the first column is there; `make chaos` kills at random moments, many times."""
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe.model_dump_json())
+    run = Run("::".join(tars), tmp_path / "s", path)
+    while not list(tmp_path.glob("s/*/key")) and run.process.poll() is None:
+        time.sleep(0.02)
+    if victim == "worker":
+        workers = run.workers()
+        assert workers, "the run was over before a worker could be killed"
+        kill(workers[:1])
+        code, out, err = run.wait()
+        assert code == 0, err
+        assert json.loads(out)["workers_lost"] >= 1
+    else:
+        run.kill_driver() if victim == "driver" else run.kill_everything()
+        run.gone()
+        again = Run("::".join(tars), tmp_path / "s", path)
+        code, out, err = again.wait()
+        assert code == 0, err
+        assert json.loads(out)["failed"] == []
+    assert tiny.tree(tmp_path / "s") == alone

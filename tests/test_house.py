@@ -1,0 +1,107 @@
+"""House rules: imports go down only, heavy packages have one room each, nothing is pickled, commands are documented."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the top down; a room imports rooms of lower levels only.
+LEVELS = [
+    {"__main__"},
+    {"driver", "verify"},
+    {"crew", "info"},
+    {"worker", "progress"},
+    {"captioner", "teachers", "feed"},
+    {"coca", "models", "store"},
+    {"manifest", "reports", "images", "compat", "bfloat16"},
+    {"augment", "shards"},
+    {"config", "draws"},
+    {"errors"},
+]
+READER = {"errors", "config", "draws", "manifest", "shards", "images", "augment", "store", "bfloat16"}
+HEAVY = {
+    "ray": {"reinforce/crew.py"},
+    "zarr": {"reinforce/store.py", "reinforce/bfloat16.py"},
+    "open_clip": {"reinforce/compat.py"},
+    "tarfile": {"reinforce/shards.py"},
+}
+
+
+def rooms(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(path: Path, package: str) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")}
+
+
+def test_every_room_has_a_level() -> None:
+    assert {path.stem for path in rooms("reinforce")} - {"__init__"} == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("path", rooms("reinforce"), ids=lambda path: path.stem)
+def test_imports_go_down_only(path: Path) -> None:
+    known = set().union(*LEVELS)
+    level = next((i for i, names in enumerate(LEVELS) if path.stem in names), 0)
+    below = set().union(*LEVELS[level + 1 :])
+    assert within(path, "reinforce") & known <= below
+    assert not imported(path) & {"train", "pipelines"}
+
+
+@pytest.mark.parametrize("path", rooms("train"), ids=lambda path: path.stem)
+def test_train_sees_only_what_reads_a_store(path: Path) -> None:
+    assert within(path, "reinforce") <= READER
+
+
+def test_what_reads_a_store_imports_nothing_else_of_the_writer() -> None:
+    for name in READER:
+        assert within(ROOT / f"reinforce/{name}.py", "reinforce") & set().union(*LEVELS) <= READER
+        assert not {n.split(".")[0] for n in imported(ROOT / f"reinforce/{name}.py")} & {"ray", "open_clip", "torch"}
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_heavy_packages_have_a_room(package: str) -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in rooms("reinforce")
+        if any(name.split(".")[0] == package for name in imported(path))
+    }
+    assert users == HEAVY[package]
+
+
+def test_nothing_is_pickled() -> None:
+    for path in [*rooms("reinforce"), *rooms("train"), *rooms("pipelines")]:
+        assert not {name.split(".")[0] for name in imported(path)} & {"pickle", "dill", "cloudpickle", "shelve"}, path
+        assert "allow_pickle=True" not in path.read_text(), path
+
+
+def test_every_error_is_in_the_drawing() -> None:
+    text = (ROOT / "reinforce/errors.py").read_text()
+    tree = ast.parse(text)
+    drawing = ast.get_docstring(tree) or ""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            assert node.name in drawing
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    named = set(re.findall(r"^ *make ([a-z-]+)", readme, re.M)) | set(re.findall(r"`make ([a-z-]+)", readme))
+    assert named and named <= targets
+    modules = {name.replace(".", "/") for name in re.findall(r"python -m ([a-z_.]+)", readme)}
+    for module in modules:
+        assert (ROOT / f"{module}.py").exists() or (ROOT / module / "__main__.py").exists(), module

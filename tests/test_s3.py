@@ -1,0 +1,71 @@
+"""Shards and store on S3: the real protocol, spoken by moto's server."""
+
+import socket
+from pathlib import Path
+
+import fsspec
+import ml_dtypes
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from reinforce import driver
+from reinforce.config import Recipe, RunOptions
+from reinforce.errors import Corrupt
+from reinforce.info import info
+from reinforce.store import Store
+from reinforce.verify import verify
+from tests import tiny
+
+OPTIONS = RunOptions(workers="0", device="cpu")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    fs.mkdir("bucket")
+    yield fs
+    server.stop()
+
+
+def test_from_s3_to_s3_and_back(bucket, recipe: Recipe, tmp_path: Path) -> None:
+    """The same objects as on a local disk; a lost chunk is found there too."""
+    tars = [tiny.tar(tmp_path / f"{i:05d}.tar", 5 + i, i, seed=i) for i in range(2)]
+    for tar in tars:
+        bucket.put_file(tar, f"bucket/shards/{Path(tar).name}")
+    remote, options = "s3://bucket/shards/{00000..00001}.tar", RunOptions(workers="0", device="cpu", max_invalid=0.5)
+    report = driver.run(remote, "s3://bucket/store.zarr", recipe, options)
+    assert (report.done, report.failed) == (2, [])
+    driver.run("::".join(tars), str(tmp_path / "local"), recipe, options)
+    objects = {path.removeprefix("bucket/store.zarr/"): bucket.cat_file(path) for path in bucket.find("bucket/store.zarr")}
+    assert objects == tiny.tree(tmp_path / "local")
+
+    assert driver.run(remote, "s3://bucket/store.zarr", recipe, options).already_there == 2
+    assert info("s3://bucket/store.zarr") == info(str(tmp_path / "local"))
+    doubt = verify("s3://bucket/store.zarr", remote, 5, "cpu")
+    assert doubt.sound and doubt.replay and doubt.replay["pixel_equal"] == 5
+    bucket.rm_file("bucket/store.zarr/00001/view/base/vit/c.1.0.0")
+    assert [fault.split(":")[0] for fault in verify("s3://bucket/store.zarr", None, 0).corrupt] == ["00001/view/base/vit"]
+    with pytest.raises(Corrupt):
+        Store("s3://bucket/store.zarr").read("00001", "view/base/vit", 1)
+
+
+def test_a_commit_over_s3_leaves_strays_of_a_dead_run_out(bucket) -> None:
+    store = Store("s3://bucket/s.zarr")
+    array = np.ones((2, 3, 4), ml_dtypes.bfloat16)
+    bucket.pipe_file("bucket/s.zarr/0/view/base/vit/c.7.0.0", b"old")
+    store.commit("0", "view/base/vit", array)
+    assert store.objects("0", "view/base/vit") == ["c.0.0.0", "c.1.0.0"]
+    assert (store.read("0", "view/base/vit") == array).all()
