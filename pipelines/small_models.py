@@ -109,7 +109,7 @@ MODELS = {
         },
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
-        epochs=25,
+        epochs=40,
         batch_size=64,
         patch_dropout=0.5,
         image_tower="teacher_vit",
@@ -143,8 +143,8 @@ def train(name: str, pictures: Pictures, folder: Path, seed: int) -> None:
         order = rng.permutation(len(pictures.images))[: steps_an_epoch * small.batch_size]
         for rows in order.reshape(steps_an_epoch, small.batch_size):
             images = small.normalise(augment(pictures.images[torch.from_numpy(rows)], small.image_px, rng))
-            text = tokenizer([_pick(pictures.captions[row], rng, keywords=not small.is_coca) for row in rows])
-            loss = _caption_loss(model, images, text, rng) if small.is_coca else _clip_loss(model, images, text)
+            text = tokenizer([_pick(pictures.captions[row], rng, plain=small.is_coca) for row in rows])
+            loss = _caption_loss(model, images, text) if small.is_coca else _clip_loss(model, images, text)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -213,9 +213,10 @@ def _create(small: SmallModel, folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _pick(captions: list[str], rng: np.random.Generator, keywords: bool) -> str:
-    """One of a picture's captions, its phrase in one of TEMPLATES; the last, keywords, only where they are wanted."""
-    captions = captions if keywords or len(captions) == 1 else captions[:-1]
+def _pick(captions: list[str], rng: np.random.Generator, plain: bool) -> str:
+    """One of a picture's captions; where not `plain`, with templates and keywords (the last) among them."""
+    if plain:
+        return captions[rng.integers(max(1, len(captions) - 1))]
     caption = captions[rng.integers(len(captions))]
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(caption) if caption == captions[0] else caption
 
@@ -226,10 +227,13 @@ def _clip_loss(model: Any, images: Tensor, text: Tensor) -> Tensor:
     return loss
 
 
-def _caption_loss(model: Any, images: Tensor, text: Tensor, rng: np.random.Generator) -> Tensor:
-    # Some words given to the decoder are wrong, so that it looks at the picture and not only at the words before.
-    start = int(text[0, 0])
-    wrong = torch.from_numpy(rng.random(text.shape) < 0.15) & (text > 0) & (text < start)
-    given = torch.where(wrong, torch.from_numpy(rng.integers(1, start, text.shape)), text)
-    contrastive, caption = open_clip.CoCaLoss(2.0, 1.0)(**{**model(images, given), "labels": text[:, 1:]})
-    return contrastive + caption  # type: ignore[no-any-return]
+def _caption_loss(model: Any, images: Tensor, text: Tensor) -> Tensor:
+    image, image_tokens = model.visual(images)
+    words, word_tokens = model.text(text)
+    end = int(text.count_nonzero(dim=1).max())  # beyond it all is padding, which the decoder need not read
+    logits = model.text_decoder(image_tokens, word_tokens[:, : end - 1])
+    contrastive, caption = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)(
+        F.normalize(image, dim=-1), F.normalize(words, dim=-1), logits, text[:, 1:end], model.logit_scale.exp()
+    )
+    loss: Tensor = contrastive + caption
+    return loss

@@ -143,7 +143,9 @@ def _errors_as_sentences() -> Iterator[None]:
         yield
     except ReinforceError as error:
         print(f"error: {error}", file=sys.stderr)
-        request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(error, Corrupt)
+        request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
+            error, Corrupt
+        )
         raise typer.Exit(2 if request_was_wrong else 1) from None
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

@@ -29,7 +29,8 @@ class Captioner:
 
     def preprocess(self, picture: Image.Image) -> Tensor:
         """An image as the model was trained to see it, whole: resized and centre-cropped, float32 (3, H, W)."""
-        return self._transform(picture)
+        pixels: Tensor = self._transform(picture)
+        return pixels
 
     def caption(self, inputs: Tensor, seed: int, set_name: str, keys: list[str]) -> list[list[str]]:
         """float32 (n, 3, H, W), n at most the batch size -> C lists of n captions. A caption may be empty."""

@@ -7,7 +7,7 @@ The text tower's class token comes after the text and no token looks ahead, so d
 Letters: B images, C captions, W width, L image tokens, T tokens of a caption, V vocabulary, R rows.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ from reinforce.compat import open_clip
 from reinforce.config import Captioner as CaptionerConfig
 from reinforce.errors import ConfigError
 
-CoCa, Block = open_clip.CoCa, open_clip.transformer.ResidualAttentionBlock
+Block: TypeAlias = open_clip.transformer.ResidualAttentionBlock
 
 
-def check(model: CoCa, config: CaptionerConfig) -> None:
+def check(model: open_clip.CoCa, config: CaptionerConfig) -> None:
     """Raises ConfigError for a model that this decoding does not fit, or that has fewer than T positions."""
     name = f"captioner {config.model}"
-    if not isinstance(model, CoCa):
+    if not isinstance(model, open_clip.CoCa):
         raise ConfigError(f"{name} is a {type(model).__name__} and writes no captions; choose an open_clip CoCa")
     if not isinstance(model.text, open_clip.transformer.TextTransformer):
         raise ConfigError(
@@ -45,7 +45,9 @@ def check(model: CoCa, config: CaptionerConfig) -> None:
 
 
 @torch.inference_mode()
-def generate(model: CoCa, images: Tensor, config: CaptionerConfig, uniforms: np.ndarray, sot: int, eot: int) -> Tensor:
+def generate(
+    model: open_clip.CoCa, images: Tensor, config: CaptionerConfig, uniforms: np.ndarray, sot: int, eot: int
+) -> Tensor:
     """Normalised images (B, 3, H, W) -> tokens (B, C, T) int64: `sot`, the caption, `eot`, the model's pad.
 
     `uniforms` (B, C, T) float64 in [0, 1): number t chooses token t. The model is in eval mode.
@@ -136,13 +138,13 @@ class _Cache:
 class _Memory:
     """What a step needs from before it: a cache for each self-attention, and the image for each cross-attention."""
 
-    def __init__(self, model: CoCa, image_embs: Tensor, config: CaptionerConfig) -> None:
+    def __init__(self, model: open_clip.CoCa, image_embs: Tensor, config: CaptionerConfig) -> None:
         self.text = [_Cache(config.max_tokens) for _ in model.text.transformer.resblocks]
         self.decoder = [_Cache(config.max_tokens) for _ in model.text_decoder.resblocks]
         self.image = [_image_keys_values(block, image_embs) for block in model.text_decoder.cross_attn]
 
 
-def _step(model: CoCa, tokens: Tensor, position: int, memory: _Memory) -> Tensor:
+def _step(model: open_clip.CoCa, tokens: Tensor, position: int, memory: _Memory) -> Tensor:
     """Tokens (B, C) at `position` -> logits (B, C, V) of the tokens after them."""
     text, decoder = model.text, model.text_decoder
     dtype = text.transformer.get_cast_dtype()

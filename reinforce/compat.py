@@ -7,6 +7,7 @@ parts, which are all that open_clip and timm use. Elsewhere this does nothing.
 
 import importlib
 import sys
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def ensure_torchvision() -> None:
             raise
     for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
         del sys.modules[module]
-    library = torch.library.Library("torchvision", "DEF")
+    library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
         library.define(schema)
     _declared.append(library)
@@ -40,6 +41,8 @@ try:
     ensure_torchvision()
     import open_clip
 except ImportError as error:
-    raise MissingExtra(f"{error.name} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]'") from error
+    raise MissingExtra(
+        f"{error.name} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]'"
+    ) from error
 
 __all__ = ["ensure_torchvision", "open_clip"]

@@ -8,9 +8,9 @@ import difflib
 import importlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reinforce.errors import ConfigError
 
@@ -45,6 +45,14 @@ class ViewSet(Config):
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height of a crop")
     num_ops: int = Field(2, ge=0, description="RandAugment operations a view")
     magnitude: int = Field(9, ge=0, le=30, description="RandAugment's bin, of 31")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale} has to rise from above 0 to at most 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio} has to rise from above 0")
+        return self
 
 
 class Model(Config):
@@ -84,7 +92,9 @@ class Recipe(Config):
     view_sets: dict[Name, ViewSet] = Field(default={"base": ViewSet()}, min_length=1)
     captioners: dict[Name, Captioner] = Field(description="synthetic text sets, by name")
     num_original_captions: int = Field(1, ge=1, description="captions kept of those that came with the image")
-    batch_size: int = Field(64, ge=1, description="images a forward pass; part of the bytes, since kernels depend on it")
+    batch_size: int = Field(
+        64, ge=1, description="images a forward pass; part of the bytes, since kernels depend on it"
+    )
     cpu_threads: int = Field(1, ge=1, description="torch threads of a CPU worker; part of the bytes, likewise")
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: architectures without their weights, to try shapes and memory"
@@ -96,7 +106,9 @@ class RunOptions(Config):
 
     workers: str = Field("auto", description="number of Ray workers, MIN:MAX for an elastic pool, 0 for no Ray")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_invalid: float = Field(0.1, ge=0, le=1, description="share of a shard's samples that may be bad before it is refused")
+    max_invalid: float = Field(
+        0.1, ge=0, le=1, description="share of a shard's samples that may be bad before it is refused"
+    )
     attempts: int = Field(3, ge=1, description="tries a shard")
     decode_threads: int = Field(2, ge=1, description="threads of a worker that decode and augment")
     shards_in_flight: int = Field(2, ge=1, description="shards a worker holds: one computes, the next is being read")
@@ -138,9 +150,11 @@ def _recipe_of_pipelines(name: str) -> Recipe:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         raise ConfigError(
-            f"no recipe '{name}'; " + (f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}")
+            f"no recipe '{name}'; "
+            + (f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}")
         )
-    return importlib.import_module(f"pipelines.{name}").RECIPE
+    recipe: Recipe = importlib.import_module(f"pipelines.{name}").RECIPE
+    return recipe
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -34,7 +34,7 @@ class FrozenModel:
         if config.precision == "auto":
             self.precision = "bf16" if device.type == "cuda" else "fp32"
         _check(config, random_seed)
-        self.model: Any = _create(config, random_seed)
+        self.model = _create(config, random_seed)
         self.weights = "random" if random_seed is not None else "pretrained"
         self.digest = weights_digest(self.model)
         self.model.eval().requires_grad_(False).to(device)
@@ -94,7 +94,9 @@ def _check(config: Model, random_seed: int | None) -> None:
             raise ConfigError(f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder")
         return
     if config.model not in open_clip.list_models():
-        raise ConfigError(f"open_clip has no model '{config.model}'; python -c 'import open_clip; print(open_clip.list_models())' lists them")
+        raise ConfigError(
+            f"open_clip has no model '{config.model}'; python -c 'import open_clip; print(open_clip.list_models())' lists them"
+        )
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
     if tag:
         _check_activation(config, bool(tag.get("quick_gelu", False)))
@@ -114,7 +116,7 @@ def _check_activation(config: Model, weights_quick_gelu: bool) -> None:
         )
 
 
-def _create(config: Model, random_seed: int | None) -> nn.Module:
+def _create(config: Model, random_seed: int | None) -> Any:
     preprocess: dict[str, Any] = {}
     if random_seed is not None and config.pretrained:
         tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
@@ -125,7 +127,7 @@ def _create(config: Model, random_seed: int | None) -> nn.Module:
         torch.manual_seed(random_seed)
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
-        return open_clip.create_model(
+        model = open_clip.create_model(
             config.model,
             pretrained=None if random_seed is not None else config.pretrained,
             load_weights=random_seed is None,
@@ -133,8 +135,14 @@ def _create(config: Model, random_seed: int | None) -> nn.Module:
             pretrained_text=False,
             force_preprocess_cfg=preprocess,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:  # what open_clip raises for files it cannot get, read or fit
         raise ConfigError(f"{config.model},{config.pretrained} cannot be loaded: {error}") from error
+    if random_seed is not None and isinstance(model, open_clip.CoCa):
+        head = model.text_decoder.text_projection  # open_clip leaves it as the memory was
+        nn.init.normal_(head, std=head.shape[0] ** -0.5)
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise ConfigError(f"{config.model},{config.pretrained}: the weights hold NaN or infinity; get the file again")
+    return model
 
 
 def _tokenizer(model: str) -> Any:

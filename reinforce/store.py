@@ -123,7 +123,9 @@ class Store:
         try:
             return zarr.open_array(self._zarr(), path=f"{shard}/{column}", mode="r", zarr_format=3)
         except FileNotFoundError:
-            raise NotCommitted(f"{self.url} has no column {column} for shard {shard}; reinforce that shard first") from None
+            raise NotCommitted(
+                f"{self.url} has no column {column} for shard {shard}; reinforce that shard first"
+            ) from None
 
     def objects(self, shard: str, column: str) -> list[str]:
         """Names of the chunk objects of a column, committed or not."""

@@ -1,6 +1,7 @@
 """Reads a store and doubts it: are all columns there, whole and sane, and do the stored views come back from the tars?"""
 
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def _replay(store: Store, manifest: Manifest, listed: list[Shard], num: int, dev
                 size = (picture.height, picture.width)
                 params = store.read(name, f"{prefix}/augment", ask.index)[row]
                 view = augment.replay(picture, params, size, recipe.view_sets[ask.set_name].view_px)
-                num_equal += augment.pixel_hash(view) == store.read(name, f"{prefix}/pixels", ask.index)[row]
+                num_equal += augment.pixel_hash(view) == int(store.read(name, f"{prefix}/pixels", ask.index)[row])
                 for teacher_name, teacher in teachers.items():
                     again = teacher.encode_images(augment.replay(picture, params, size, teacher.image_px)[None])[0]
                     stored = store.read(name, f"{prefix}/{teacher_name}", ask.index)[row]
@@ -137,9 +138,9 @@ def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[st
     places = [(name, int(row)) for name in whole for row in good[name]]
     kinds = [(set_name, index) for set_name, v in recipe.view_sets.items() for index in range(v.num_views)]
     total = len(places) * len(kinds)
-    chosen = np.random.default_rng(0).choice(total, min(num, total), replace=False) if total else []
+    chosen = random.Random(0).sample(range(total), min(num, total))
     asks: dict[str, list[_Ask]] = defaultdict(list)
-    for number in sorted(map(int, chosen)):
+    for number in sorted(chosen):
         (name, row), (set_name, index) = places[number // len(kinds)], kinds[number % len(kinds)]
         asks[name].append(_Ask(row, set_name, index))
     return asks

@@ -61,8 +61,8 @@ class Worker:
                         work.answer(batch, pool)
             except ShardError as error:
                 return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
-        error = work.refusal()
-        if not error:
+        refusal = work.refusal()
+        if not refusal:
             work.commit()
         quarantined = Counter(status.reason for status in work.rows.statuses if status != Status.GOOD)
         return ShardReport(
@@ -70,9 +70,9 @@ class Worker:
             read=len(work.rows.keys),
             quarantined=dict(sorted(quarantined.items())),
             empty_captions=work.empty_captions,
-            columns_written=0 if error else len(work.wanted),
+            columns_written=0 if refusal else len(work.wanted),
             seconds=time.monotonic() - start,
-            error=error,
+            error=refusal,
         )
 
 
@@ -106,7 +106,9 @@ class _ShardWork:
                 f"{self.worker.options.max_invalid:g} allows; mend {self.shard.url} or raise --max-invalid"
             )
         if "key" not in self.wanted and list(self.store.read(name, "key")) != self.rows.keys:
-            return f"{self.shard.url} is not the tar that group {name} was made from: its keys differ; use another STORE"
+            return (
+                f"{self.shard.url} is not the tar that group {name} was made from: its keys differ; use another STORE"
+            )
         return ""
 
     def commit(self) -> None:

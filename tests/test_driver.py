@@ -95,9 +95,7 @@ def test_a_wrong_model_ends_a_ray_run_with_its_sentence(
     tree = recipe.model_dump()
     tree["teachers"]["vit"]["model"] = "local-dir:nowhere"
     with pytest.raises(ConfigError, match="no open_clip_config.json in .*nowhere"):
-        driver.run(
-            tars[2], str(tmp_path / "s"), Recipe.model_validate(tree), RunOptions(workers="1", device="cpu")
-        )
+        driver.run(tars[2], str(tmp_path / "s"), Recipe.model_validate(tree), RunOptions(workers="1", device="cpu"))
     assert not (tmp_path / "s").exists()
 
 

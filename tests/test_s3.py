@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from reinforce import driver
 from reinforce.config import Recipe, RunOptions
@@ -34,9 +35,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
-    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    S3FileSystem.clear_instance_cache()  # another test's has another server
+    fs = fsspec.filesystem("s3")
     fs.mkdir("bucket")
     yield fs
+    fs.rm("bucket", recursive=True)  # moto keeps its buckets when a server stops
     server.stop()
 
 
@@ -49,7 +52,9 @@ def test_from_s3_to_s3_and_back(bucket, recipe: Recipe, tmp_path: Path) -> None:
     report = driver.run(remote, "s3://bucket/store.zarr", recipe, options)
     assert (report.done, report.failed) == (2, [])
     driver.run("::".join(tars), str(tmp_path / "local"), recipe, options)
-    objects = {path.removeprefix("bucket/store.zarr/"): bucket.cat_file(path) for path in bucket.find("bucket/store.zarr")}
+    objects = {
+        path.removeprefix("bucket/store.zarr/"): bucket.cat_file(path) for path in bucket.find("bucket/store.zarr")
+    }
     assert objects == tiny.tree(tmp_path / "local")
 
     assert driver.run(remote, "s3://bucket/store.zarr", recipe, options).already_there == 2
@@ -57,7 +62,9 @@ def test_from_s3_to_s3_and_back(bucket, recipe: Recipe, tmp_path: Path) -> None:
     doubt = verify("s3://bucket/store.zarr", remote, 5, "cpu")
     assert doubt.sound and doubt.replay and doubt.replay["pixel_equal"] == 5
     bucket.rm_file("bucket/store.zarr/00001/view/base/vit/c.1.0.0")
-    assert [fault.split(":")[0] for fault in verify("s3://bucket/store.zarr", None, 0).corrupt] == ["00001/view/base/vit"]
+    assert [fault.split(":")[0] for fault in verify("s3://bucket/store.zarr", None, 0).corrupt] == [
+        "00001/view/base/vit"
+    ]
     with pytest.raises(Corrupt):
         Store("s3://bucket/store.zarr").read("00001", "view/base/vit", 1)
 

@@ -24,7 +24,12 @@ def models(folder: Path) -> Recipe:
     """Writes two teachers that agree in nothing and a captioner; gives the recipe that uses them."""
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     none = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    vit = {"embed_dim": 16, "quick_gelu": True, "vision_cfg": _VIT, "text_cfg": _TEXT | {"width": 32, "context_length": 20}}
+    vit = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": _VIT,
+        "text_cfg": _TEXT | {"width": 32, "context_length": 20},
+    }
     conv = {"embed_dim": 24, "vision_cfg": _CONV, "text_cfg": _TEXT | {"width": 24, "context_length": 12}}
     coca_text = _TEXT | {"width": 32, "context_length": 12}
     coca = {
@@ -62,10 +67,12 @@ def _model(folder: Path, model_cfg: dict, preprocess_cfg: dict, seed: int) -> No
 
 def _speak_in_letters(model: open_clip.CoCa) -> None:
     """Random weights choose random bytes, which decode to nothing readable: raise the letters above the others."""
+    head = model.text_decoder.text_projection  # open_clip leaves it as the memory was
     others = [token for token in range(_VOCABULARY - 1) if not 64 <= token % 256 < 90]
     with torch.no_grad():
+        head.normal_(std=head.shape[0] ** -0.5)
         model.text_decoder.ln_final.bias.fill_(1)
-        model.text_decoder.text_projection[:, others] -= 1
+        head[:, others] -= 1
 
 
 def picture(seed: int) -> bytes:
