@@ -1,4 +1,4 @@
-"""DataCompDR-12M: 30 views and 5 captions an image, two ViT-L/14 teachers (MobileCLIP, section 4; FACTS of the release).
+"""DataCompDR-12M: 30 views and 5 captions an image, two ViT-L/14 teachers (MobileCLIP, section 4).
 
 Command: make reinforce RECIPE=datacompdr_12m SHARDS='s3://bucket/datacomp_12m/{00000000..00001023}.tar' STORE=s3://..
 Machine: planned for a few H100-class GPUs; 83 GPU-hours for 12.8 M images by FLOPs at 55 % of the card's peak. Not run.

@@ -1,6 +1,6 @@
 """Teaches zarr-python the data type `bfloat16` of the Zarr extension registry, as TensorStore and zarrs write it.
 
-Found by zarr through the entry point `zarr.data_type`, so that any program with this package installed can open a store.
+Found by zarr through the entry point `zarr.data_type`: any program with this package installed can open a store.
 """
 
 from dataclasses import dataclass

@@ -95,7 +95,8 @@ def _check(config: Model, random_seed: int | None) -> None:
         return
     if config.model not in open_clip.list_models():
         raise ConfigError(
-            f"open_clip has no model '{config.model}'; python -c 'import open_clip; print(open_clip.list_models())' lists them"
+            f"open_clip has no model '{config.model}'; its names: "
+            "python -c 'from reinforce.compat import open_clip; print(open_clip.list_models())'"
         )
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
     if tag:
@@ -109,10 +110,11 @@ def _check_activation(config: Model, weights_quick_gelu: bool) -> None:
     # open_clip only warns, and then runs a teacher that differs from the one that was trained.
     model_quick_gelu = bool((open_clip.get_model_config(config.model) or {}).get("quick_gelu", False))
     if model_quick_gelu != weights_quick_gelu:
+        trained = "QuickGELU" if weights_quick_gelu else "GELU"
         other = f"{config.model}-quickgelu" if weights_quick_gelu else config.model.removesuffix("-quickgelu")
         raise ConfigError(
-            f"{config.model},{config.pretrained}: the weights were trained with {'QuickGELU' if weights_quick_gelu else 'GELU'}"
-            f" and the model would run with the other; use {other},{config.pretrained}"
+            f"{config.model},{config.pretrained}: the weights were trained with {trained} "
+            f"and the model would run with the other; use {other},{config.pretrained}"
         )
 
 

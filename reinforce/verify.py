@@ -1,4 +1,4 @@
-"""Reads a store and doubts it: are all columns there, whole and sane, and do the stored views come back from the tars?"""
+"""Reads a store and doubts it: are all columns there, whole and sane, and do the views come back from the tars?"""
 
 import logging
 import random

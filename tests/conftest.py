@@ -4,10 +4,10 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from reinforce.config import Recipe  # noqa: E402
-from tests import tiny  # noqa: E402
+from reinforce.config import Recipe
+from tests import tiny
 
 
 @pytest.fixture(scope="session")

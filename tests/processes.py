@@ -1,4 +1,4 @@
-"""Runs of the real command in processes that can be found and killed: all of a run's carry a mark in their environment."""
+"""The real command in processes that can be found and killed: all of a run carry a mark in their environment."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A folder of broken and odd tars goes through a whole run: no crash, each named with its true reason, counts balance."""
+"""A folder of broken and odd tars in a whole run: no crash, each named with its true reason, counts balance."""
 
 from pathlib import Path
 

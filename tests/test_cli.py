@@ -33,7 +33,7 @@ def made(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
 
 
 def test_info(made: tuple[str, str, str]) -> None:
-    tar, store, _ = made
+    _tar, store, _ = made
     code, out, _ = reinforce("info", store, "--json")
     told = json.loads(out)
     assert code == 0
@@ -103,7 +103,7 @@ def test_a_wrong_request_is_exit_2_with_a_sentence_and_changes_nothing(
 
 
 def test_other_wrong_requests(made: tuple[str, str, str], tmp_path: Path) -> None:
-    tar, store, recipe = made
+    tar, store, _recipe = made
     for arguments, told in [
         (["run", str(tmp_path / "none.tar"), "--store", str(tmp_path / "s")], "none.tar"),
         (["run", tar, "--store", str(tmp_path / "s"), "--recipe", "sampel"], "did you mean sample"),

@@ -110,7 +110,7 @@ def test_a_column_is_there_only_once_its_metadata_is(tmp_path: Path) -> None:
 def test_a_write_that_dies_at_any_put_leaves_no_column_and_the_next_makes_it_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every n: die at the n-th object put; nothing is visible; write again; the bytes are those of one clean write."""
+    """For every n: die at the n-th put; nothing is visible; write again; the bytes are those of a clean write."""
     array = embeddings(4, 6, 8)
     clean = Store(str(tmp_path / "clean"))
     clean.commit("00000", "view/base/vit", array)

@@ -72,7 +72,7 @@ def test_captions_are_drawn_apart(recipe: Recipe, tmp_path: Path) -> None:
     reinforce(recipe, tiny.tar(tmp_path / "00000.tar", 6), tmp_path / "s")
     captions = Store(str(tmp_path / "s")).read("00000", "text/coca/caption")
     assert (captions != "").all()
-    assert len({text for text in captions.flatten()}) > 6  # neither one caption for all, nor the same one twice
+    assert len(set(captions.flatten())) > 6  # neither one caption for all, nor the same one twice
 
 
 def test_same_input_same_bytes_and_resume_of_any_columns(recipe: Recipe, tmp_path: Path) -> None:
