@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -71,18 +72,18 @@ def measure(config: Captioner, num_images: int, repeats: int, device: torch.devi
     uniforms = np.random.default_rng(0).random((num_images, config.num_captions, config.max_tokens))
     eot = frozen.tokenizer.eot_token_id
 
-    def run(way: Way) -> Tensor:
+    def run(way: Way, num: int = num_images) -> Tensor:
         with frozen.autocast():
-            return way(frozen.model, images, config, uniforms, frozen.tokenizer.sot_token_id, eot)
+            return way(frozen.model, images[:num], config, uniforms[:num], frozen.tokenizer.sot_token_id, eot)
 
-    tokens = {name: run(way) for name, way in WAYS.items()}  # warms up, too
+    gflop = {name: num_images * _gflop(partial(run, way, 1)) for name, way in WAYS.items()}  # warms up, too
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    tokens: dict[str, Tensor] = {}
     for _ in range(repeats):
         for name, way in WAYS.items():
             start = time.perf_counter()
-            run(way).cpu()  # waits for the device
+            tokens[name] = run(way).cpu()  # waits for the device
             seconds[name].append(time.perf_counter() - start)
-    gflop = {name: _gflop(run, way) for name, way in WAYS.items()}
     result: dict[str, Any] = {}
     for name in WAYS:
         median_s = statistics.median(seconds[name])
@@ -98,11 +99,11 @@ def measure(config: Captioner, num_images: int, repeats: int, device: torch.devi
     return result
 
 
-def _gflop(run: Callable[[Way], Tensor], way: Way) -> float:
+def _gflop(run: Callable[[], Tensor]) -> float:
     # The counter knows matrix products, not the fused attentions that hide them.
     torch.backends.mha.set_fastpath_enabled(False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run(way)
+        run()
     torch.backends.mha.set_fastpath_enabled(True)
     return float(counter.get_total_flops() / 1e9)
 

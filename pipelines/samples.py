@@ -24,7 +24,7 @@ from pipelines.vocabulary import learn_vocabulary
 from reinforce.compat import open_clip
 
 SEED = 0
-LICENSES = {"LICENSE-OFL.txt": "fonts-noto-color-emoji", "LICENSE-UNICODE.txt": "unicode-data"}
+LICENSES = {"LICENSE-OFL.txt": "fonts-noto-color-emoji", "LICENSE-UNICODE.txt": "unicode-cldr-core"}
 
 
 def main() -> None:

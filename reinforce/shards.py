@@ -144,7 +144,7 @@ def write(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
 
     Raises ConfigError where a name would not come back as it is: lower-case extension, no dot in the key's last part.
     """
-    with fsspec.open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w|", encoding="utf-8") as tar:
+    with fsspec.open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for key, parts in samples:
             for extension, data in parts.items():
                 member = tarfile.TarInfo(f"{key}.{extension}")  # its owner and time are 0

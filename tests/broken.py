@@ -70,11 +70,15 @@ def special(name: str, type: bytes, **pax: str) -> tarfile.TarInfo:
     return member
 
 
-def with_size(name: str, size: int) -> bytes:
-    """The header of a member that says it has `size` bytes."""
-    member = tarfile.TarInfo(name)
+def header(name: str, size: int, kind: bytes = b"0", extended: int = 0) -> bytes:
+    """Of a member that says it has `size` bytes, and, where `extended`, a map of holes in the next block."""
+    member = special(name, kind)
     member.size = size
-    return member.tobuf(tarfile.GNU_FORMAT)
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[482] = extended
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
 
 
 def odd_tars() -> dict[str, tuple[bytes, Expected]]:
@@ -133,16 +137,16 @@ def broken_tars() -> dict[str, tuple[bytes, Expected]]:
     """
     whole = tar(*(m for key in "abc" for m in members(key, jpg=ARITHMETIC_JPEG, txt=b"a")))
     long_name, noise = tar(("x" * 300 + ".txt", b"x")), np.random.default_rng(0).bytes(20_000)
-    cut, header, data, after = "empty or cut off", "a tar header should be", "unexpected end", "after its end"
+    cut, other, data, after = "empty or cut off", "a tar header should be", "unexpected end", "after its end"
     at_start = {
         "zero_bytes": (b"", cut),
         "short_html": (b"<h1>404</h1>", cut),
-        "html": (b"<!DOCTYPE html><title>404 Not Found</title>".ljust(2048), header),
-        "text": (b"not a tar\n" * 99, header),
-        "image": (ARITHMETIC_JPEG * 5, header),
-        "random": (noise, header),
-        "gzip": (gzip.compress(noise, mtime=0), header),
-        "bzip2": (bz2.compress(noise), header),
+        "html": (b"<!DOCTYPE html><title>404 Not Found</title>".ljust(2048), other),
+        "text": (b"not a tar\n" * 99, other),
+        "image": (ARITHMETIC_JPEG * 5, other),
+        "random": (noise, other),
+        "gzip": (gzip.compress(noise, mtime=0), other),
+        "bzip2": (bz2.compress(noise), other),
         "cut_in_first_header": (whole[:300], cut),
         "cut_in_first_data": (whole[:600], data),
         "cut_in_long_name": (long_name[:1024], cut),
@@ -152,15 +156,20 @@ def broken_tars() -> dict[str, tuple[bytes, Expected]]:
         "cut_in_header": (whole[: 4096 + 300], cut),
         "cut_in_data": (whole[: 4096 + 600], data),
         "cut_between_samples": (whole[:4096], cut),
-        "flipped_name": (flip(whole, 4096 + 3), header),
-        "flipped_type": (flip(whole, 4096 + 156), header),
+        "flipped_name": (flip(whole, 4096 + 3), other),
+        "flipped_type": (flip(whole, 4096 + 156), other),
+        "sparse_map_of_letters": (
+            whole[:4096] + tar((special("c.jpg", b"0", **{"GNU.sparse.map": "0,x"}), b"")),
+            "'x'",
+        ),
+        "sparse_map_cut": (whole[:4096] + header("c.jpg", 0, tarfile.GNUTYPE_SPARSE, 1), "index out of range"),
         "hole": (whole[:4096] + bytes(512) + whole[4608:], after),
-        "huge_size": (whole[:4096] + with_size("c.jpg", 1 << 62) + whole[4608:], data),
+        "huge_size": (whole[:4096] + header("c.jpg", 1 << 62) + whole[4608:], data),
     }
     after_first_of_c = {
-        "huge_size_unread": (whole[:4096] + with_size("c.bin", 1 << 62) + whole[4608:], data),
+        "huge_size_unread": (whole[:4096] + header("c.bin", 1 << 62) + whole[4608:], data),
         "cut_in_sample": (whole[: 4096 + 1024], cut),
-        "negative_size": (whole[:4096] + with_size("c.jpg", -2048) + whole[4608:], "backwards"),
+        "negative_size": (whole[:4096] + header("c.jpg", -2048) + whole[4608:], "backwards"),
         "cut_in_padding": (whole[: 6144 - 1], data),
         "without_end": (whole[:6144], cut),
         "joined": (whole + whole, after),

@@ -307,6 +307,13 @@ def test_choose_is_its_definition(
     assert chosen in answers and probs[chosen] > 0
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4999, [0]), (0.5001, [0, 1]), (0.8, [0, 1]), (0.9, [0, 1, 2])])
+def test_nucleus_is_the_fewest_tokens_that_reach_it(top_p: float, kept: list[int]) -> None:
+    logits = torch.tensor([0.5, 0.3001, 0.1999]).log()
+    uniforms = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    assert choose(logits.expand(50, -1), uniforms, config(top_p=top_p)).unique().tolist() == kept
+
+
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 1.0]])
     chosen = choose(logits, torch.tensor([0.99, 0.99], dtype=torch.float64), config(sampling="greedy"))

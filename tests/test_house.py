@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"__main__"},
     {"driver", "verify"},
-    {"crew", "info"},
+    {"crew", "info", "replay"},
     {"worker", "progress"},
     {"captioner", "teachers", "feed"},
     {"coca", "models", "store"},
