@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.crew import Crew
@@ -17,6 +18,9 @@ from reinforce.progress import Progress
 from reinforce.reports import RunReport, ShardReport
 from reinforce.shards import Shard, expand
 from reinforce.store import Store
+
+if TYPE_CHECKING:
+    from reinforce.worker import Worker
 
 
 def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> RunReport:
@@ -55,8 +59,16 @@ def _here(todo: list[Shard], store_url: str, recipe: Recipe, options: RunOptions
 
     worker = Worker(recipe, store_url, options)
     with ThreadPoolExecutor(options.shards_in_flight) as pool:
-        for report in pool.map(worker.reinforce, todo):
-            yield report, 1
+        yield from pool.map(lambda shard: _tried(worker, shard, options.attempts), todo)
+
+
+def _tried(worker: "Worker", shard: Shard, attempts: int) -> tuple[ShardReport, int]:
+    for attempt in range(1, attempts + 1):
+        try:
+            return worker.reinforce(shard), attempt
+        except OSError as error:
+            reason = f"{type(error).__name__}: {error}"
+    return ShardReport(shard.name, error=reason), attempts
 
 
 def _worker_range(options: RunOptions) -> tuple[int, int]:

@@ -50,7 +50,10 @@ class Worker:
         self._models = threading.Lock()
 
     def reinforce(self, shard: Shard) -> ShardReport:
-        """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again."""
+        """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
+
+        A tar that is broken is told in the report. Raises OSError where reading or writing failed and may yet succeed.
+        """
         start = time.monotonic()
         work = _ShardWork(self, shard)
         with ThreadPoolExecutor(self.options.decode_threads) as pool:
@@ -60,6 +63,8 @@ class Worker:
                     for batch in ready:
                         work.answer(batch, pool)
             except ShardError as error:
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                    raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try
                 return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
         refusal = work.refusal()
         if not refusal:

@@ -10,6 +10,7 @@ from ray.cluster_utils import Cluster
 from reinforce import driver
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ConfigError, ManifestMismatch
+from reinforce.store import Store
 from tests import tiny
 from tests.processes import Run, kill
 
@@ -77,6 +78,29 @@ def test_failed_shards_are_told_and_the_others_done(
     assert {failure.shard: failure.attempts for failure in report.failed} == {"broken": 1, "bad": 1}
     assert "2 of 4 samples are invalid" in next(f.reason for f in report.failed if f.shard == "bad")
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["00001", "zarr.json"]
+
+
+@pytest.mark.parametrize("faults", [1, 9])
+def test_a_fault_of_the_disk_gets_another_try(
+    recipe: Recipe, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: int
+) -> None:
+    """Not so a broken tar, which would be read again for nothing."""
+    commit, calls = Store.commit, 0
+
+    def failing(*arguments) -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= faults:
+            raise OSError(28, "No space left on device")
+        commit(*arguments)
+
+    monkeypatch.setattr(Store, "commit", failing)
+    report = driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers="0", device="cpu", attempts=3))
+    if faults == 1:
+        assert (report.done, report.failed) == (1, [])
+    else:
+        assert report.done == 0
+        assert [(f.attempts, "No space left" in f.reason) for f in report.failed] == [(3, True)]
 
 
 def test_a_recipe_that_disagrees_stops_before_any_work(recipe: Recipe, tars: list[str], tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_metadata_that_means_nothing_turns_nothing(key: str) -> None:
         ("jpeg_mpo_second_frame_cut", 20),
         ("jpeg_trailing_garbage", 20),
         ("png_palette", 80),
+        ("png_exif_broken", 0),
+        ("png_exif_cut", 0),
         ("png_animated", 0),
         ("png_named_jpg", 0),
         ("webp_lossless", 0),
