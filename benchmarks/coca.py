@@ -123,8 +123,15 @@ def main(
     )
     result = measure(config, images, repeats, torch.device(device))
     if as_json:
-        knobs = {"model": model, "images": images, "captions": captions, "tokens": tokens, "repeats": repeats}
-        print(json.dumps(knobs | {"device": device, "precision": precision, "ways": result}))
+        knobs = {
+            "model": model,
+            "images": images,
+            "captions": captions,
+            "tokens": tokens,
+            "repeats": repeats,
+            "precision": precision,
+        }
+        print(json.dumps(knobs | {"device": device, "threads": torch.get_num_threads(), "ways": result}))
         return
     print(f"{model} on {device}, {images} images, {captions} captions of {tokens} tokens, median of {repeats}")
     for name, way in result.items():
