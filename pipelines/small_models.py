@@ -31,8 +31,7 @@ WORKING_PX = 96  # pictures are brought to it before crops are taken, between th
 class SmallModel:
     """`model_cfg` of open_clip, what its images look like, and how it is trained.
 
-    Half of a ViT's patches are left out in training. `smallest_crop` and `share_changed` are for `augment`: the
-    teachers will see crops, the captioner whole pictures. `image_tower`: the model trained before, whose tower this one
+    Half of a ViT's patches are left out in training. `image_tower`: the model trained before, whose tower this one
     starts from.
     """
 
@@ -41,8 +40,6 @@ class SmallModel:
     std: tuple[float, ...]
     epochs: int
     batch_size: int
-    smallest_crop: float = 0.15
-    share_changed: float = 1.0
     patch_dropout: float | None = None
     image_tower: str | None = None
 
@@ -114,8 +111,6 @@ MODELS = {
         std=open_clip.OPENAI_DATASET_STD,
         epochs=40,
         batch_size=64,
-        smallest_crop=0.5,
-        share_changed=0.5,
         patch_dropout=0.5,
         image_tower="teacher_vit",
     ),
@@ -147,7 +142,7 @@ def train(name: str, pictures: Pictures, folder: Path, seed: int) -> None:
     for _ in range(small.epochs):
         order = rng.permutation(len(pictures.images))[: steps_an_epoch * small.batch_size]
         for rows in order.reshape(steps_an_epoch, small.batch_size):
-            images = small.normalise(augment(pictures.images[torch.from_numpy(rows)], small, rng))
+            images = small.normalise(augment(pictures.images[torch.from_numpy(rows)], small.image_px, rng))
             text = tokenizer([_pick(pictures.captions[row], rng, plain=small.is_coca) for row in rows])
             loss = _caption_loss(model, images, text) if small.is_coca else _clip_loss(model, images, text)
             optimizer.zero_grad()
@@ -164,24 +159,24 @@ def train(name: str, pictures: Pictures, folder: Path, seed: int) -> None:
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS)
 
 
-def augment(images: Tensor, small: SmallModel, rng: np.random.Generator) -> Tensor:
+def augment(images: Tensor, side_px: int, rng: np.random.Generator) -> Tensor:
     """Random crops, with the geometry and the colours of some changed as RandAugment would.
 
-    uint8 (B, 3, H, W) to float32 (B, 3, image_px, image_px) in [0, 1].
+    uint8 (B, 3, H, W) to float32 (B, 3, side_px, side_px) in [0, 1].
     """
-    num, side_px = len(images), small.image_px
+    num = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (num, 1, 1, 1))).float()
 
     def some(share: float) -> Tensor:
-        return torch.from_numpy(rng.random((num, 1, 1, 1)) < share * small.share_changed)
+        return torch.from_numpy(rng.random((num, 1, 1, 1)) < share)
 
     def shift(room: Tensor) -> Tensor:
         return uniform(-1, 1).flatten() * room + (uniform(-0.2, 0.2) * some(0.2)).flatten()
 
     x = F.interpolate(images.float() / 255, size=(WORKING_PX, WORKING_PX), mode="area")
-    scale = uniform(small.smallest_crop, 1.0).flatten().sqrt()
+    scale = uniform(0.15, 1.0).flatten().sqrt()
     stretch = uniform(math.log(3 / 4) / 2, math.log(4 / 3) / 2).flatten().exp()
     width, height = (scale * stretch).clamp(max=1), (scale / stretch).clamp(max=1)
     turn = (uniform(-0.4, 0.4) * some(0.4)).flatten()
@@ -191,7 +186,7 @@ def augment(images: Tensor, small: SmallModel, rng: np.random.Generator) -> Tens
     row_y = [height * sin, height * (shear * sin + cos), shift(1 - height)]
     affine = torch.stack([torch.stack(row_x, 1), torch.stack(row_y, 1)], 1)
     # What lies outside is white as the pictures' background, or black as RandAugment leaves it.
-    fill = torch.from_numpy(rng.random((num, 1, 1, 1)) < 0.5).float()
+    fill = some(0.5).float()
     grid = F.affine_grid(affine, [num, 3, side_px, side_px], align_corners=False)
     x = F.grid_sample(x - fill, grid, align_corners=False) + fill
 

@@ -83,7 +83,7 @@ def test_the_captioner_writes_what_is_to_be_seen_on_pictures_it_never_saw(heldou
     phrases = [captions[0] for captions in heldout.captions]
     right = np.mean([word_f1(phrase, caption) for phrase, caption in zip(phrases, written, strict=True)])
     swapped = np.mean([word_f1(phrase, caption) for phrase, caption in zip(phrases, written[1:], strict=False)])
-    assert right > 0.18, "a caption of another picture shares a tenth of its words"
+    assert right > 0.18, "a caption of another picture comes to 0.06"
     assert right > 2 * swapped
 
 
@@ -144,9 +144,8 @@ def test_without_apt_the_message_says_what_is_needed(tmp_path: Path, monkeypatch
 
 
 def test_augmented_views_are_pictures_of_the_size_asked_for(heldout: Pictures) -> None:
-    small = MODELS["teacher_conv"]
-    views = [augment(heldout.images[:8], small, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    assert views[0].shape == (8, 3, 80, 80)
+    views = [augment(heldout.images[:8], 48, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert views[0].shape == (8, 3, 48, 48)
     assert views[0].min() >= 0 and views[0].max() <= 1
     assert views[0].equal(views[1])
     assert not views[0].equal(views[2])
