@@ -45,9 +45,10 @@ class Run:
         self.process.wait()
 
     def gone(self) -> None:
-        """Wait until nothing of this run is alive, so that the next one is alone; a dead driver takes its Ray along."""
+        """Wait until no worker is alive, so that the next run is alone: they die with their driver within seconds. Two
+        idle agents of Ray's stay for a while, and are removed."""
         deadline = time.monotonic() + 60
-        while marked(self.mark) and time.monotonic() < deadline:
+        while self.workers() and time.monotonic() < deadline:
             time.sleep(0.2)
         kill(marked(self.mark))
 
