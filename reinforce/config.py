@@ -100,6 +100,11 @@ class Recipe(Config):
         "pretrained", description="random: architectures without their weights, to try shapes and memory"
     )
 
+    @property
+    def random_seed(self) -> int | None:
+        """What the models' weights are drawn from, where they are not read."""
+        return self.seed if self.weights == "random" else None
+
 
 class RunOptions(Config):
     """How a run is carried out. Nothing here changes a byte."""

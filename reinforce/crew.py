@@ -52,7 +52,7 @@ class Crew:
 
     def __init__(self, store_url: str, recipe: Recipe, options: RunOptions, low: int, high: int) -> None:
         self.arguments = (recipe, _absolute(store_url), options, str(Path.cwd()))
-        self.options, self.recipe, self.low, self.high = options, recipe, low, high
+        self.options, self.low, self.high = options, low, high
         self.members: list[_Member] = []
         self.num_lost = 0
         self._failed_starts = 0
@@ -64,6 +64,7 @@ class Crew:
             self.options.device == "auto" and self.ray.cluster_resources().get("GPU", 0) >= 1
         )
         self.needs = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
+        self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
         self.queue = deque(todo)
         self.tries: Counter[str] = Counter()
         try:
@@ -92,9 +93,8 @@ class Crew:
         wanted = min(self.low, num_left)
         if len(self.members) < min(self.high, num_left) and not any(m.loading for m in self.members):
             wanted = max(wanted, min(self.high, num_left, len(self.members) + self._free()))
-        remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
         while len(self.members) < wanted:
-            actor = remote.remote()
+            actor = self.remote.remote()
             self.members.append(_Member(actor, actor.load.remote(*self.arguments)))
 
     def _free(self) -> int:

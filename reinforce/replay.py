@@ -116,10 +116,9 @@ def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Tea
         log.warning("cosines are left out: %s", error)
         return {}
     teachers = {}
-    seed = recipe.seed if recipe.weights == "random" else None
     for name, config in recipe.teachers.items():
         try:
-            teacher = Teacher(config, recipe.batch_size, pick_device(device), seed)
+            teacher = Teacher(config, recipe.batch_size, pick_device(device), recipe.random_seed)
         except ConfigError as error:
             log.warning("teacher %s is not at hand, its cosine is left out: %s", name, error)
             continue

@@ -33,13 +33,13 @@ class Worker:
         device = pick_device(options.device)
         if device.type == "cpu":
             torch.set_num_threads(recipe.cpu_threads)
-        random_seed = recipe.seed if recipe.weights == "random" else None
         self.recipe, self.options, self.store = recipe, options, Store(store_url)
         self.teachers = {
-            name: Teacher(config, recipe.batch_size, device, random_seed) for name, config in recipe.teachers.items()
+            name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
+            for name, config in recipe.teachers.items()
         }
         self.captioners = {
-            name: Captioner(config, recipe.batch_size, device, random_seed)
+            name: Captioner(config, recipe.batch_size, device, recipe.random_seed)
             for name, config in recipe.captioners.items()
         }
         described = {
@@ -90,6 +90,7 @@ class _ShardWork:
         self.rows = Rows()
         self.good: list[int] = []
         self.answers: dict[str, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
+        self.stored_captions: dict[str, np.ndarray] = {}
         self.empty_captions = 0
 
     def answer(self, batch: Batch, pool: Executor) -> None:
@@ -137,7 +138,9 @@ class _ShardWork:
     def _captions(self, name: str, batch: Batch, pool: Executor) -> list[list[str]]:
         """C lists of n captions, drawn now or, where a run before committed them, read back."""
         if f"text/{name}/caption" not in self.wanted:
-            return [list(row) for row in self.store.read(self.shard.name, f"text/{name}/caption")[:, batch.rows]]
+            if name not in self.stored_captions:
+                self.stored_captions[name] = self.store.read(self.shard.name, f"text/{name}/caption")
+            return [list(row) for row in self.stored_captions[name][:, batch.rows]]
         captioner = self.worker.captioners[name]
         inputs = torch.stack(list(pool.map(captioner.preprocess, batch.pictures)))
         captions = captioner.caption(inputs, self.recipe.seed, name, [sample.key for sample in batch.samples])
