@@ -23,7 +23,7 @@ setup: $(VENV)/ready ## the environment in .venv, with the versions of constrain
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[reinforce,dev]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[reinforce,train,export,dev]'
 	@touch $@
 
 reinforce: setup ## SHARDS='dir/{00000..00127}.tar' STORE=stores/x.zarr RECIPE=name: write the store; bare: the samples

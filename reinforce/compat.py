@@ -6,7 +6,9 @@ parts, which are all that open_clip and timm use. Elsewhere this does nothing.
 """
 
 import importlib
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +44,19 @@ try:
     import open_clip
 except ImportError as error:
     raise MissingExtra(
-        f"{error.name} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]'"
+        f"{error.name} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]', "
+        "the trainer: pip install 'clip-reinforce[train]'"
     ) from error
 
-__all__ = ["ensure_torchvision", "open_clip"]
+__all__ = ["ensure_torchvision", "get_tokenizer", "open_clip"]
+
+
+def get_tokenizer(model: str) -> Any:
+    """open_clip's tokenizer of a model; a vocabulary named in a model folder's config is looked up in that folder."""
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        text_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+        vocabulary = text_cfg.get("tokenizer_kwargs", {}).get("bpe_path")
+        if vocabulary:
+            return open_clip.get_tokenizer(model, bpe_path=str(folder / vocabulary))
+    return open_clip.get_tokenizer(model)

@@ -6,6 +6,7 @@
     ├── ShardError (OSError)            a tar cannot be read to its end
     ├── SampleError (ValueError)        one image or caption cannot be used; goes to quarantine
     ├── ReplayError (ValueError)        view parameters and image do not belong together
+    ├── Diverged (ArithmeticError)      training met a loss that is no number
     └── StoreError
         ├── ManifestMismatch            the store promises something other than was asked
         ├── NotCommitted (LookupError)  the column is not there (yet)
@@ -45,6 +46,10 @@ class SampleError(ReinforceError, ValueError):
 
 class ReplayError(ReinforceError, ValueError):
     """The parameters of a view were drawn for an image of another size."""
+
+
+class Diverged(ReinforceError, ArithmeticError):
+    """The loss of a step is NaN or infinite; nothing of that step was kept."""
 
 
 class StoreError(ReinforceError):

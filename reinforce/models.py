@@ -5,7 +5,6 @@ Teachers and captioners are both of this kind.
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reinforce.compat import open_clip
+from reinforce.compat import get_tokenizer, open_clip
 from reinforce.config import Model, Teacher
 from reinforce.errors import ConfigError
 
@@ -38,7 +37,7 @@ class FrozenModel:
         self.weights = "random" if random_seed is not None else "pretrained"
         self.digest = weights_digest(self.model)
         self.model.eval().requires_grad_(False).to(device)
-        self.tokenizer = _tokenizer(config.model)
+        self.tokenizer = get_tokenizer(config.model)
         self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
         self.image_px = _square(config, self.preprocess_cfg["size"])
         self._mean, self._std = (
@@ -96,7 +95,7 @@ def _check(config: Model, random_seed: int | None) -> None:
     if config.model not in open_clip.list_models():
         raise ConfigError(
             f"open_clip has no model '{config.model}'; its names: "
-            "python -c 'from reinforce.compat import open_clip; print(open_clip.list_models())'"
+            "python -c 'from reinforce.compat import get_tokenizer, open_clip; print(open_clip.list_models())'"
         )
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
     if tag:
@@ -145,17 +144,6 @@ def _create(config: Model, random_seed: int | None) -> Any:
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise ConfigError(f"{config.model},{config.pretrained}: the weights hold NaN or infinity; get the file again")
     return model
-
-
-def _tokenizer(model: str) -> Any:
-    """open_clip's tokenizer of a model; a vocabulary named in a model folder's config is looked up in that folder."""
-    if model.startswith("local-dir:"):
-        folder = Path(model.removeprefix("local-dir:"))
-        text_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-        vocabulary = text_cfg.get("tokenizer_kwargs", {}).get("bpe_path")
-        if vocabulary:
-            return open_clip.get_tokenizer(model, bpe_path=str(folder / vocabulary))
-    return open_clip.get_tokenizer(model)
 
 
 def _square(config: Model, size: int | tuple[int, int]) -> int:

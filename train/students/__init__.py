@@ -1,0 +1,79 @@
+"""The table of students.
+
+A student is an open_clip model folder: `open_clip_config.json` (`model_cfg`, `preprocess_cfg`) and, where its tokenizer
+has a vocabulary of its own, that file beside it. open_clip builds towers, projections, `logit_scale`, tokenizer and
+preprocessing. To add a student, write such a folder into `configs/`, or anywhere and give its path. A folder that holds
+weights as well, such as an export, is a student that goes on learning from there.
+"""
+
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reinforce.compat import get_tokenizer, open_clip
+from reinforce.errors import ConfigError
+
+CONFIGS = Path(__file__).parent / "configs"
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Student:
+    """`model(images, tokens)` gives `image_features` (B, D) and `text_features` (B, D), unit norm, and `logit_scale`.
+
+    images: float32 (B, 3, image_px, image_px), pixel / 255 less `mean`, over `std`. `folder` is where it is described.
+    """
+
+    name: str
+    folder: Path
+    model: Any
+    tokenizer: Any
+
+    @property
+    def preprocess_cfg(self) -> dict[str, Any]:
+        return dict(self.model.visual.preprocess_cfg)
+
+    @property
+    def image_px(self) -> int:
+        size = self.preprocess_cfg["size"]
+        return int(size if isinstance(size, int) else size[0])
+
+
+def names() -> list[str]:
+    """The students of the table."""
+    return sorted(path.parent.name for path in CONFIGS.glob(f"*/{CONFIG}"))
+
+
+def find(name: str) -> Path:
+    """The folder of a student of the table, or `name` itself where it is a folder. Raises ConfigError."""
+    for folder in (CONFIGS / name, Path(name)):
+        if (folder / CONFIG).is_file():
+            return folder
+    near = difflib.get_close_matches(name, names(), n=3)
+    raise ConfigError(
+        f"no student '{name}': neither in the table nor a folder with {CONFIG}; "
+        + (f"did you mean {' or '.join(near)}?" if near else f"the table has: {', '.join(names())}")
+    )
+
+
+def create(name: str, seed: int = 0) -> Student:
+    """A student with the weights of its folder, or, where there are none, with new ones drawn from `seed`."""
+    folder = find(name)
+    has_weights = (folder / WEIGHTS).is_file()
+    logging.disable(logging.WARNING)  # open_clip warns that there are no weights, which is what was asked for
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = open_clip.create_model(
+                f"local-dir:{folder}", load_weights=has_weights, pretrained_text=False, output_dict=True
+            )
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what open_clip raises on an odd config
+            raise ConfigError(f"student {folder}: open_clip cannot build it: {error}") from error
+        finally:
+            logging.disable(logging.NOTSET)
+    return Student(Path(name).name, folder, model, get_tokenizer(f"local-dir:{folder}"))
