@@ -16,6 +16,7 @@ import torch
 
 from reinforce.compat import get_tokenizer, open_clip
 from reinforce.errors import ConfigError
+from train.students import mamba as mamba  # registers its encoders with timm
 
 CONFIGS = Path(__file__).parent / "configs"
 CONFIG = "open_clip_config.json"

@@ -1,0 +1,189 @@
+"""Our Mamba image encoder: convolutions where tokens are many, then state spaces, attention where few are left.
+
+No part of it knows the size of the image: positions come from zero-padded depthwise convolutions, so any image works
+whose sides are multiples of the stride. No BatchNorm, so that a sum of gradients over parts of a batch is exact.
+The state-space block is Mamba-2's (Dao and Gu 2024, arXiv 2405.21060, section 7) made bidirectional, with a depthwise
+3x3 convolution over the grid in place of its causal one, as in VMamba (Liu et al. 2024, arXiv 2401.10166, section 4.2).
+
+Inside, tensors are (B, H, W, C). Convolutions see them as channels-last (B, C, H, W), without a copy.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
+from timm.models import register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from train.students.scan import ssd
+
+HEAD_WIDTH = 32
+MLP_RATIO = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`depth` blocks of one kind, `convolution`, `ssd` or `attention`, at `width` channels."""
+
+    kind: str
+    width: int
+    depth: int
+
+
+class Conv(nn.Conv2d):
+    """A convolution over the grid of (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def depthwise(width: int) -> Conv:
+    return Conv(width, width, 3, padding=1, groups=width)
+
+
+class SSDMixer(nn.Module):
+    """Bidirectional SSD over the grid read by rows, or by columns: (B, H, W, C) to the same.
+
+    `num_states` is Mamba's state size, 64 to 128 in language. Pixels of one image are few: 16 do.
+    """
+
+    def __init__(self, width: int, num_states: int, by_columns: bool):
+        super().__init__()
+        num_heads = width // HEAD_WIDTH
+        self.splits = [width, width + 2 * num_states, num_heads]
+        self.by_columns = by_columns
+        self.num_states = num_states
+        self.project_in = nn.Linear(width, sum(self.splits), bias=False)
+        self.local = depthwise(width + 2 * num_states)
+        # As Mamba-2 starts: decays of 1 to 16, steps of 0.001 to 0.1, evenly in the logarithm.
+        self.log_decay = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log())
+        steps = torch.empty(num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.step_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+        self.skip = nn.Parameter(torch.ones(num_heads))
+        self.norm = nn.LayerNorm(width)
+        self.project_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, mixed, steps = torch.split(self.project_in(x), self.splits, dim=-1)
+        mixed = F.silu(self.local(mixed))
+        if self.by_columns:
+            mixed, steps = mixed.transpose(1, 2), steps.transpose(1, 2)
+        grid = mixed.shape[1:3]
+        mixed, steps = mixed.flatten(1, 2), steps.flatten(1, 2)
+        values, keys, queries = torch.split(mixed, [gate.shape[-1], self.num_states, self.num_states], dim=-1)
+        values = values.reshape(*values.shape[:2], -1, HEAD_WIDTH)
+        steps = F.softplus(steps.float() + self.step_bias)
+        y = ssd(values, steps, -self.log_decay.exp(), keys, queries)
+        y = (y + values * self.skip.to(values.dtype).unsqueeze(-1)).reshape(-1, *grid, gate.shape[-1])
+        if self.by_columns:
+            y = y.transpose(1, 2)
+        out: Tensor = self.project_out(self.norm(y * F.silu(gate)))
+        return out
+
+
+class AttentionMixer(nn.Module):
+    """Self-attention over all tokens of the grid: (B, H, W, C) to the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.project_in = nn.Linear(width, 3 * width, bias=False)
+        self.project_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        q, k, v = self.project_in(x).view(batch, height * width, 3, -1, HEAD_WIDTH).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.project_out(y.transpose(1, 2).reshape(batch, height, width, channels))
+        return out
+
+
+class Block(nn.Module):
+    """`x + local(x)`, then `x + mixer(norm(x))` where there is a mixer, then `x + mlp(norm(x))`."""
+
+    def __init__(self, width: int, mixer: nn.Module | None, drop_path: float):
+        super().__init__()
+        self.local = depthwise(width)
+        self.mixer_norm = nn.LayerNorm(width) if mixer else None
+        self.mixer = mixer
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.local(x)
+        if self.mixer is not None and self.mixer_norm is not None:
+            x = x + self.drop_path(self.mixer(self.mixer_norm(x)))
+        x = x + self.drop_path(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class MambaEncoder(nn.Module):
+    """Images (B, 3, H, W), sides multiples of `stride`, to features (B, num_classes), as timm's models do.
+
+    The stem works at a stride of 4; every stage after the first halves the sides.
+    """
+
+    def __init__(self, stages: list[Stage], num_states: int, num_classes: int = 1000, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.stride = 2 ** (1 + len(stages))
+        self.grad_checkpointing = False
+        width = stages[0].width
+        self.stem = nn.Sequential(
+            Conv(3, width // 2, 3, stride=2, padding=1), nn.GELU(), Conv(width // 2, width, 3, stride=2, padding=1)
+        )
+        mixers: dict[str, Callable[[int, int], nn.Module | None]] = {
+            "convolution": lambda width, index: None,
+            "ssd": lambda width, index: SSDMixer(width, num_states, by_columns=index % 2 == 1),
+            "attention": lambda width, index: AttentionMixer(width),
+        }
+        rates = torch.linspace(0, drop_path_rate, sum(stage.depth for stage in stages)).tolist()
+        layers: list[nn.Module] = []
+        for number, stage in enumerate(stages):
+            if number:
+                layers += [nn.LayerNorm(width), Conv(width, stage.width, 3, stride=2, padding=1)]
+                width = stage.width
+            layers += [Block(width, mixers[stage.kind](width, index), rates.pop(0)) for index in range(stage.depth)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.apply(_start)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images.permute(0, 2, 3, 1))
+        for layer in self.layers:
+            if self.grad_checkpointing and isinstance(layer, Block):
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        features: Tensor = self.head(self.norm(x).mean((1, 2)))
+        return features
+
+
+def _start(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _build(stages: list[Stage], num_states: int, settings: dict[str, Any]) -> MambaEncoder:
+    """What timm passes besides the settings of the encoder is about downloads, which there are none of."""
+    if settings.get("global_pool", "avg") != "avg":
+        raise ValueError(f"global_pool {settings['global_pool']!r}: this encoder has its mean alone, 'avg'")
+    known = {key: settings[key] for key in ("num_classes", "drop_path_rate") if key in settings}
+    return MambaEncoder(stages, num_states, **known)
+
+
+@register_model
+def mamba_tiny(pretrained: bool = False, **settings: Any) -> MambaEncoder:
+    """For 64 px on a CPU: state spaces on 8x8 tokens, attention on 4x4."""
+    stages = [Stage("convolution", 48, 1), Stage("ssd", 96, 2), Stage("attention", 160, 2)]
+    return _build(stages, 16, settings)
