@@ -1,43 +1,237 @@
-# ruff: noqa: N803 - the letters are those of the papers
+# ruff: noqa: N803, N806 - the letters are those of the papers
 """State-space scans: what they are, in plain PyTorch, and the CUDA kernels of mamba-ssm that compute the same.
 
-Selective scan (Mamba: Gu and Dao 2023, arXiv 2312.00752, section 3.3): every channel has N states, each with a decay of
+Selective scan (Mamba: Gu and Dao 2023, arXiv 2312.00752, section 3): every channel has N states, each with a decay of
 its own. SSD (Mamba-2: Dao and Gu 2024, arXiv 2405.21060, section 6): one decay per head, so that the scan is a product
-with a masked matrix. An image has no first pixel: its SSD runs in both directions, with the same decays.
+with a masked matrix. An image has no first pixel, so SSD here runs in both directions with the same decays.
 
-Here b batch, L sequence, D channels, H heads, P channels of a head, N states. Decays are computed in float32 at least.
+Letters: b batch, L sequence, D channels, H heads, P channels of a head, N states. Decays are computed in float32 at
+least. `selective_scan` and `ssd` take the path that `selective_scan_path` and `ssd_path` name:
+
+    selective scan   "kernel" on CUDA where mamba-ssm has it, otherwise "sequential"
+    ssd              "product" for up to CHUNK tokens; for more, "kernel" on CUDA where mamba-ssm has it, else "chunks"
+
+The kernel for SSD is Triton's, the one for the selective scan is compiled when mamba-ssm is built.
 """
 
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 256  # tokens; a sequence up to this long is one masked product
+CHUNK = 256  # tokens; up to here one masked product does less work than a scan does, and tensor cores do it
+SELECTIVE_SCAN = "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"
+CHUNK_SCAN = "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined"
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+@functools.cache
+def kernel(where: str) -> Callable[..., Any] | None:
+    """A function of mamba-ssm, given as `module:function`; None where it is not installed or not for this machine."""
+    module, function = where.split(":")
+    try:
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    except ImportError:
+        return None
 
 
-def ssd_matmul(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Bidirectional SSD as one masked product: `((C B^T) o (M_forward + M_backward - I)) (dt x)`, quadratic in L.
+def selective_scan_path(device: torch.device) -> str:
+    return "kernel" if device.type == "cuda" and kernel(SELECTIVE_SCAN) else "sequential"
 
-    Every pair (i, j) lies on one side of the diagonal, so one exponential of a sum of log-decays, which is never
-    positive, gives both masks: over j < k <= i where j <= i, over i <= k < j where j > i.
+
+def ssd_path(device: torch.device, length: int) -> str:
+    if length <= CHUNK:
+        return "product"
+    return "kernel" if device.type == "cuda" and kernel(CHUNK_SCAN) else "chunks"
+
+
+def describe(device: torch.device) -> str:
+    """The paths on a device, for a log: `selective scan: sequential; ssd up to 256 tokens: product, beyond: chunks`."""
+    missing = "" if device.type != "cuda" or kernel(CHUNK_SCAN) else " (mamba-ssm is not installed)"
+    return (
+        f"selective scan: {selective_scan_path(device)}; "
+        f"ssd up to {CHUNK} tokens: product, beyond: {ssd_path(device, CHUNK + 1)}{missing}"
+    )
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """Mamba's selective scan, y (b, D, L), with the signature of mamba-ssm's `selective_scan_fn`.
+
+    `h_l = exp(delta_l A) h_(l-1) + delta_l u_l B_l` from h = 0, `y_l = C_l . h_l + D u_l`, times silu(z) where given;
+    before that, delta gets `delta_bias` and, if asked, softplus.
+    u, delta, z (b, D, L) of one dtype; A (D, N), negative, D and delta_bias (D,), float32; B, C (b, N, L).
     """
-    log_decay = (dt * A).to(_wide(dt.dtype)).transpose(1, 2)  # (b, H, L)
-    until = log_decay.cumsum(-1)  # with itself
-    before = until - log_decay
-    length = x.shape[1]
-    past = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-    log_mask = torch.where(past, until.unsqueeze(-1) - until.unsqueeze(-2), before.unsqueeze(-2) - before.unsqueeze(-1))
-    weights = (C @ B.mT).unsqueeze(1) * log_mask.exp()  # (b, H, L, L)
+    if selective_scan_path(u.device) == "kernel":
+        fast: Tensor = _selective_scan_kernel(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return fast
+    return selective_scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _selective_scan_kernel(*args: Any) -> Tensor:
+    scan = kernel(SELECTIVE_SCAN)
+    assert scan is not None
+    y: Tensor = scan(*(x.contiguous() if isinstance(x, Tensor) else x for x in args))
+    return y
+
+
+def selective_scan_sequential(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """`selective_scan`, step by step: its definition. It holds b L D N numbers."""
+    wide = _wide(u.dtype)
+    steps = delta.to(wide)
+    if delta_bias is not None:
+        steps = steps + delta_bias.unsqueeze(-1)
+    if delta_softplus:
+        steps = F.softplus(steps)
+    steps = steps.transpose(1, 2)  # (b, L, D)
+    decays = (steps.unsqueeze(-1) * A).exp()  # (b, L, D, N)
+    inputs = (steps * u.to(wide).transpose(1, 2)).unsqueeze(-1) * B.to(wide).transpose(1, 2).unsqueeze(2)
+    states = [inputs[:, 0]]
+    for decay, new in zip(decays.unbind(1)[1:], inputs.unbind(1)[1:], strict=True):
+        states.append(torch.addcmul(new, decay, states[-1]))
+    y = torch.einsum("bldn,bnl->bdl", torch.stack(states, 1), C.to(wide))
+    if D is not None:
+        y = y + D.unsqueeze(-1) * u
+    if z is not None:
+        y = y * F.silu(z)
+    return y.to(u.dtype)
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Bidirectional SSD, y (b, L, H, P): `y_i = sum_j exp(A sum_k dt_k) (C_i . B_j) dt_j x_j`.
+
+    k runs over j < k <= i where j <= i, and over i <= k < j where j > i: a forward scan and a backward one, which both
+    hold the diagonal, less the diagonal.
+    x (b, L, H, P); dt (b, L, H), positive, and A (H,), negative, float32; B, C (b, L, N), shared by the heads.
+    """
+    path = ssd_path(x.device, x.shape[1])
+    if path == "product":
+        return ssd_product(x, dt, A, B, C)
+    if path == "chunks":
+        return ssd_chunks(x, dt, A, B, C)
+    y: Tensor = ssd_kernel(x, dt, A, B, C)
+    return y
+
+
+def ssd_causal(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The forward scan of `ssd`, step by step: `h_i = exp(dt_i A) h_(i-1) + dt_i x_i B_i^T`, `y_i = h_i C_i`."""
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+    out = []
+    for i in range(x.shape[1]):
+        decay = (dt[:, i] * A).exp()[..., None, None]
+        new = torch.einsum("bhp,bn->bhpn", x[:, i] * dt[:, i, :, None], B[:, i])
+        state = decay * state + new
+        out.append(torch.einsum("bhpn,bn->bhp", state, C[:, i]))
+    return torch.stack(out, 1)
+
+
+def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """`ssd` as two scans: its definition."""
+    return _both_ways(ssd_causal, x, dt, A, B, C)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """`ssd` as two scans of mamba-ssm, linear in L. CUDA only."""
+    scan = kernel(CHUNK_SCAN)
+    assert scan is not None
+    return _both_ways(
+        lambda x, dt, A, B, C: scan(x, dt, A, B.unsqueeze(2), C.unsqueeze(2), CHUNK),
+        *(x, dt, A, B.to(x.dtype), C.to(x.dtype)),
+    )
+
+
+def _both_ways(scan: Callable[..., Tensor], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    backward = scan(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1)).flip(1)
+    diagonal = (B * C).sum(-1)[..., None, None] * dt.unsqueeze(-1) * x
+    return scan(x, dt, A, B, C) + backward - diagonal.to(x.dtype)
+
+
+def ssd_product(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """`ssd` as one masked product, `((C B^T) o (M_forward + M_backward - I)) (dt x)`: quadratic in L, without a scan.
+
+    A pair (i, j) lies on one side of the diagonal, so both masks are one exponential. Its argument is taken from that
+    side alone, where it is a sum of log-decays and never positive; on the other side it would overflow.
+    """
+    log_decays = _log_decays(dt, A).transpose(1, 2)  # (b, H, L)
+    until = log_decays.cumsum(-1)  # with itself
+    before = until - log_decays
+    past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    forward = until.unsqueeze(-1) - until.unsqueeze(-2)
+    backward = before.unsqueeze(-2) - before.unsqueeze(-1)
+    weights = (C @ B.mT).unsqueeze(1) * torch.where(past, forward, backward).exp()  # (b, H, L, L)
     inputs = (x * dt.unsqueeze(-1)).transpose(1, 2)  # (b, H, L, P)
     return (weights.to(x.dtype) @ inputs.to(x.dtype)).transpose(1, 2)
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Bidirectional SSD, y (b, L, H, P): `y_i = sum_j exp(sum of dt_k A between i and j) (C_i . B_j) dt_j x_j`.
+def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = CHUNK) -> Tensor:
+    """`ssd` for long sequences, linear in L: a product within each chunk, states carried from chunk to chunk."""
+    length = x.shape[1]
+    missing = -length % chunk
+    x, dt, B, C = (_chunked(t, missing, chunk) for t in (x, dt, B, C))  # a step of 0 neither adds nor decays
+    near = ssd_product(x.flatten(0, 1), dt.flatten(0, 1), A, B.flatten(0, 1), C.flatten(0, 1)).view_as(x)
+    log_decays = _log_decays(dt, A)  # (b, chunks, chunk, H)
+    until = log_decays.cumsum(2)
+    before = until - log_decays
+    total = until[:, :, -1:]
+    inputs = x * dt.unsqueeze(-1)
+    ahead = _carried(_states(inputs, total - until, B), total)
+    back = _carried(_states(inputs, before, B).flip(1), total.flip(1)).flip(1)
+    far = _read(ahead, until, C) + _read(back, total - before, C)
+    return (near + far.to(x.dtype)).flatten(1, 2)[:, :length]
 
-    x (b, L, H, P), dt (b, L, H) positive, A (H,) negative, B and C (b, L, N), shared by the heads.
-    """
-    return ssd_matmul(x, dt, A, B, C)
+
+def _chunked(t: Tensor, missing: int, chunk: int) -> Tensor:
+    padded = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing))
+    return padded.view(t.shape[0], -1, chunk, *t.shape[2:])
+
+
+def _states(inputs: Tensor, log_decays: Tensor, B: Tensor) -> Tensor:
+    """What each chunk hands on: (b, chunks, H, P, N)."""
+    decayed = inputs * log_decays.exp().unsqueeze(-1)
+    return torch.einsum("bcqhp,bcqn->bchpn", decayed, B.to(decayed.dtype))
+
+
+def _carried(states: Tensor, total: Tensor) -> Tensor:
+    """What reaches each chunk from those before it, of what they hand on."""
+    decays = total.transpose(2, 3).unsqueeze(-1).exp()  # (b, chunks, H, 1, 1)
+    carried = [torch.zeros_like(states[:, 0])]
+    for i in range(states.shape[1] - 1):
+        carried.append(decays[:, i] * carried[-1] + states[:, i])
+    return torch.stack(carried, 1)
+
+
+def _read(states: Tensor, log_decays: Tensor, C: Tensor) -> Tensor:
+    """What the states give at each place of their chunk: (b, chunks, chunk, H, P)."""
+    return torch.einsum("bcqn,bchpn->bcqhp", C.to(states.dtype), states) * log_decays.exp().unsqueeze(-1)
+
+
+def _log_decays(dt: Tensor, A: Tensor) -> Tensor:
+    return (dt * A).to(_wide(dt.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,119 @@
+"""Every form of a scan is its definition: values and gradients, in float64, to 1e-9 of the largest; long decays too."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from train.students import scan
+
+TOLERANCE = 1e-9
+
+
+def inputs(batch: int, length: int, heads: int, strength: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, dt, A, B, C with 5 channels a head and 3 states; at strength 1, Mamba's own range of decays."""
+    torch.manual_seed(length)
+    x = torch.randn(batch, length, heads, 5, dtype=dtype)
+    dt = torch.rand(batch, length, heads, dtype=dtype) * 0.1
+    a = -torch.rand(heads, dtype=dtype) * 16 * strength
+    b, c = torch.randn(2, batch, length, 3, dtype=dtype)
+    return [t.requires_grad_() for t in (x, dt, a, b, c)]
+
+
+def values_and_gradients(form: Callable[..., Tensor], args: list[Tensor]) -> list[Tensor]:
+    y = form(*args)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), args, materialize_grads=True)]
+
+
+def distance(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference in any of them, of its largest value; nan and infinity are the largest of all."""
+    ratios = [(a - b).abs().max() / b.abs().max().clamp_min(1e-6) for a, b in zip(got, expected, strict=True)]
+    return float(torch.stack(ratios).nan_to_num(nan=torch.inf).max())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 21), st.integers(1, 3), st.sampled_from([0.0, 1.0, 1e3]), st.sampled_from([1, 4])
+)
+def test_forms_of_ssd_agree(batch: int, length: int, heads: int, strength: float, chunk: int) -> None:
+    args = inputs(batch, length, heads, strength)
+    expected = values_and_gradients(scan.ssd_sequential, args)
+    assert distance(values_and_gradients(scan.ssd_product, args), expected) < TOLERANCE
+    chunks = values_and_gradients(lambda *args: scan.ssd_chunks(*args, chunk=chunk), args)
+    assert distance(chunks, expected) < TOLERANCE
+
+
+def test_ssd_sees_as_far_back_as_ahead() -> None:
+    args = inputs(2, 9, 2, 1.0)
+    backwards = [t.flip(1) if t.ndim > 1 else t for t in args]
+    assert not torch.allclose(scan.ssd_causal(*backwards).flip(1), scan.ssd_causal(*args))
+    assert torch.allclose(scan.ssd_sequential(*backwards).flip(1), scan.ssd_sequential(*args))
+
+
+def test_one_decay_is_written_out() -> None:
+    """Two tokens, one head, one channel, one state, by hand."""
+    x, dt, a, b, c = (
+        torch.tensor(v, dtype=torch.float64) for v in ([2.0, 3.0], [0.5, 0.25], [-2.0], [1.0, 4.0], [5, 6])
+    )
+    y = scan.ssd_product(x.view(1, 2, 1, 1), dt.view(1, 2, 1), a, b.view(1, 2, 1), c.view(1, 2, 1)).flatten()
+    first = 5 * 1 * 0.5 * 2 + torch.e ** (-2 * 0.5) * 5 * 4 * 0.25 * 3
+    second = 6 * 4 * 0.25 * 3 + torch.e ** (-2 * 0.25) * 6 * 1 * 0.5 * 2
+    assert y.tolist() == pytest.approx([first, second], rel=1e-12)
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e3])
+def test_float32_stays_finite_and_near_float64(strength: float) -> None:
+    args = inputs(1, 256, 2, strength)
+    expected = values_and_gradients(scan.ssd_product, args)
+    narrow = [t.detach().float().requires_grad_() for t in args]
+    got = [t.double() for t in values_and_gradients(scan.ssd_product, narrow)]
+    assert distance(got, expected) < 1e-4
+
+
+def test_ssd_takes_chunks_where_the_sequence_is_long() -> None:
+    device = torch.device("cpu")
+    assert [scan.ssd_path(device, length) for length in (1, scan.CHUNK, scan.CHUNK + 1)] == ["product"] * 2 + ["chunks"]
+    args = inputs(1, scan.CHUNK + 7, 2, 1.0)
+    assert distance([scan.ssd(*args).detach()], [scan.ssd_product(*args).detach()]) < TOLERANCE
+    assert scan.describe(device) == "selective scan: sequential; ssd up to 256 tokens: product, beyond: chunks"
+
+
+def test_without_kernels_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "kernel", lambda where: None)
+    device = torch.device("cuda")
+    assert (scan.selective_scan_path(device), scan.ssd_path(device, 1024)) == ("sequential", "chunks")
+    assert "mamba-ssm" in scan.describe(device)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 12), st.booleans(), st.booleans())
+def test_selective_scan_is_its_recurrence(batch: int, length: int, gated: bool, softplus: bool) -> None:
+    """Against the recurrence written for one channel and one state at a time."""
+    torch.manual_seed(length)
+    channels, states = 4, 3
+    u, delta, z = torch.randn(3, batch, channels, length, dtype=torch.float64)
+    a = -torch.rand(channels, states, dtype=torch.float64)
+    b, c = torch.randn(2, batch, states, length, dtype=torch.float64)
+    skip, bias = torch.randn(2, channels, dtype=torch.float64)
+    args = [t.requires_grad_() for t in (u, delta, a, b, c, skip, bias, z)]
+
+    def recurrence(u, delta, a, b, c, skip, bias, z):  # type: ignore[no-untyped-def]
+        steps = delta + bias[:, None]
+        steps = torch.log1p(steps.exp()) if softplus else steps
+        y = skip[:, None] * u
+        for n in range(states):
+            h = torch.zeros_like(u[..., 0])
+            for i in range(length):
+                h = (steps[..., i] * a[:, n]).exp() * h + steps[..., i] * u[..., i] * b[:, n, None, i]
+                y = y + torch.nn.functional.one_hot(torch.tensor(i), length) * (c[:, n, None, i] * h)[..., None]
+        return y * (z * torch.sigmoid(z) if gated else 1 + 0 * z)
+
+    def ours(u, delta, a, b, c, skip, bias, z):  # type: ignore[no-untyped-def]
+        y = scan.selective_scan(u, delta, a, b, c, skip, z if gated else None, bias, softplus)
+        return y if gated else y + 0 * z
+
+    assert distance(values_and_gradients(ours, args), values_and_gradients(recurrence, args)) < TOLERANCE
