@@ -5,6 +5,7 @@ Machine: 2 CPU cores, no GPU.
 """
 
 from reinforce.config import Captioner, Recipe, Teacher, ViewSet
+from train.config import TrainConfig
 
 RECIPE = Recipe(
     name="sample",
@@ -16,3 +17,5 @@ RECIPE = Recipe(
     # A small captioner is unsure of itself: at temperature 1, which the large ones take, it says too much that is odd.
     captioners={"coca": Captioner(model="local-dir:samples/models/coca", num_captions=3, temperature=0.5)},
 )
+
+TRAINING = TrainConfig(student="mamba_tiny", global_batch_size=128, epochs=20, warmup=30, precision="fp32")

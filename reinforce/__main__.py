@@ -3,22 +3,20 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from reinforce.config import RunOptions, load_recipe, parse
-from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
 from reinforce.reports import RunReport
+from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 StoreOption = Annotated[str, typer.Option("--store", help="local path or fsspec URL of the store")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="local path or fsspec URL of the store")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print exactly one JSON object on stdout")]
 _DEFAULTS = RunOptions()
 
 
@@ -40,7 +38,7 @@ def run(
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     from reinforce.driver import run as run_driver
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         loaded = load_recipe(recipe, set_)
         options = parse(
             RunOptions,
@@ -71,14 +69,14 @@ def info(
     """What a store holds: counts, sets, bytes, columns not there yet."""
     from reinforce import info as room
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         found = room.info(store)
         if quarantine:
             found["quarantine"] = list(room.quarantine(store))
         if json_:
             print(json.dumps(found))
         else:
-            _print_tree(found)
+            print_tree(found)
 
 
 @app.command()
@@ -92,12 +90,12 @@ def verify(
     """Doubt a store: every column there, whole, and, with --replay, every view the same as when it was stored."""
     from reinforce.verify import verify as doubt
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         report = doubt(store, shards, replay, device)
         if json_:
             print(json.dumps(asdict(report)))
         else:
-            _print_tree(asdict(report))
+            print_tree(asdict(report))
             print("sound" if report.sound else "faults found")
     raise typer.Exit(0 if report.sound else 1)
 
@@ -122,34 +120,6 @@ def _print_run(report: RunReport, shards: str) -> None:
         f"Next:  python -m reinforce info {report.store}\n"
         f"       python -m reinforce verify {report.store} --shards '{shards}' --replay 100"
     )
-
-
-def _print_tree(tree: dict[str, Any], indent: str = "") -> None:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            print(f"{indent}{name}:")
-            _print_tree(value, indent + "  ")
-        elif isinstance(value, list) and value:
-            print(f"{indent}{name}:")
-            for item in value:
-                print(f"{indent}  {'  '.join(item.values()) if isinstance(item, dict) else item}")
-        else:
-            print(f"{indent}{name}: {'none' if value in ([], {}, None) else value}")
-
-
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    try:
-        yield
-    except ReinforceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
-            error, Corrupt
-        )
-        raise typer.Exit(2 if request_was_wrong else 1) from None
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

@@ -124,6 +124,11 @@ def load_recipe(name: str, overrides: list[str] = []) -> Recipe:
 
     Raises ConfigError that names the recipes or keys which come near.
     """
+    return load(Recipe, "RECIPE", name, overrides)
+
+
+def load(kind: type[T], constant: str, name: str, overrides: list[str]) -> T:
+    """The config of this kind that pipelines/NAME.py has as `constant`, or that NAME.json holds, with overrides."""
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
@@ -133,10 +138,10 @@ def load_recipe(name: str, overrides: list[str] = []) -> Recipe:
         except json.JSONDecodeError as error:
             raise ConfigError(f"recipe {name} is not JSON: {error}") from None
     else:
-        tree = _recipe_of_pipelines(name).model_dump(mode="json")
+        tree = _of_pipelines(constant, name).model_dump(mode="json")
     for override in overrides:
         _override(tree, override)
-    return parse(Recipe, tree, f"recipe {name}")
+    return parse(kind, tree, f"recipe {name}")
 
 
 def parse(kind: type[T], tree: Any, where: str) -> T:
@@ -148,18 +153,18 @@ def parse(kind: type[T], tree: Any, where: str) -> T:
         raise ConfigError(f"{where} is not valid:\n  " + "\n  ".join(lines)) from None
 
 
-def _recipe_of_pipelines(name: str) -> Recipe:
+def _of_pipelines(constant: str, name: str) -> Config:
     # By name and not by import: recipes stand above this package, and a user adds hers without touching it.
     folder = Path(__file__).parent.parent / "pipelines"
-    known = sorted(p.stem for p in folder.glob("*.py") if "RECIPE = " in p.read_text())
+    known = sorted(p.stem for p in folder.glob("*.py") if f"\n{constant} = " in p.read_text())
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         raise ConfigError(
-            f"no recipe '{name}'; "
+            f"no recipe '{name}' with a {constant}; "
             + (f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}")
         )
-    recipe: Recipe = importlib.import_module(f"pipelines.{name}").RECIPE
-    return recipe
+    config: Config = getattr(importlib.import_module(f"pipelines.{name}"), constant)
+    return config
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import IO
+from typing import IO, TypeVar
 
 import fsspec
 from braceexpand import braceexpand
@@ -25,6 +25,8 @@ CAPTIONS = ("txt", "json")
 _META = re.compile(r"__[^/]*__(/|$)")
 # What tarfile and the file systems below it raise on damaged or unreachable bytes; found by fuzzing.
 _TAR_FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
+
+T = TypeVar("T")
 
 
 class Status(IntEnum):
@@ -67,6 +69,15 @@ class Sample:
     captions: tuple[str, ...]
     status: Status = Status.GOOD
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the image of a sample lies in its tar, in bytes. Of a sample without an image, `length` is 0."""
+
+    key: str
+    offset: int
+    length: int
 
 
 def expand(patterns: str) -> list[Shard]:
@@ -125,18 +136,39 @@ def read(shard: Shard) -> Iterator[Sample]:
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
     seen: set[str] = set()
-    for key, copies in _groups(shard):
+    for key, parts in read_parts(shard, IMAGES + CAPTIONS):
+        try:
+            if key in seen:
+                raise SampleError(
+                    Status.DUPLICATE_KEY, f"{key}: comes again; give each sample one key, its files side by side"
+                )
+            sample = Sample(key, _image(key, parts), _captions(key, parts))
+        except SampleError as error:
+            sample = Sample(key, b"", (), Status(error.status), error.message)
+        seen.add(key)
+        yield sample
+
+
+def read_parts(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and {extension: bytes} of every sample, in the tar's order; of other extensions the bytes are left out.
+
+    Raises ShardError where it shows that the tar cannot be read to its end.
+    """
+    for key, copies in _groups(_members(shard, extensions)):
         for parts in copies:
-            try:
-                if key in seen:
-                    raise SampleError(
-                        Status.DUPLICATE_KEY, f"{key}: comes again; give each sample one key, its files side by side"
-                    )
-                sample = Sample(key, _image(key, parts), _captions(key, parts))
-            except SampleError as error:
-                sample = Sample(key, b"", (), Status(error.status), error.message)
-            seen.add(key)
-            yield sample
+            yield key, parts
+
+
+def locate(path: str) -> list[Place]:
+    """The samples of a local tar, row by row as `read` gives them; images are not read.
+
+    Raises ShardError where the tar cannot be followed to its end.
+    """
+    return [
+        Place(key, *next((parts[extension] for extension in IMAGES if extension in parts), (0, 0)))
+        for key, copies in _groups(_member_places(path))
+        for parts in copies
+    ]
 
 
 def write(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -187,8 +219,8 @@ class _Header(tarfile.TarInfo):
             ) from None
 
 
-def _members(shard: Shard) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, bytes) of regular files, the bytes of images and captions only."""
+def _members(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, str, bytes]]:
+    """(key, extension, bytes) of regular files, the bytes of `extensions` only."""
     try:
         with (
             fsspec.open(shard.url, "rb") as file,
@@ -203,7 +235,7 @@ def _members(shard: Shard) -> Iterator[tuple[str, str, bytes]]:
                 # A sparse file of a few bytes may claim to be of any size.
                 content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 if name is not None and content is not None:
-                    yield *name, content.read() if name[1] in IMAGES + CAPTIONS else b""
+                    yield *name, content.read() if name[1] in extensions else b""
             tail = bytes(1 << 16)
             while len(tail) == 1 << 16:
                 tail = tar.fileobj.read(1 << 16)
@@ -211,6 +243,19 @@ def _members(shard: Shard) -> Iterator[tuple[str, str, bytes]]:
                     raise tarfile.ReadError("there is data after its end-of-archive marker (joined tars, or a hole)")
     except _TAR_FAULTS as error:
         raise ShardError(f"{shard.url}: cannot be read: {error}; fetch or write it again, or leave it out") from error
+
+
+def _member_places(path: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """(key, extension, (offset, length)) of the members that `_members` gives."""
+    try:
+        with tarfile.open(path, mode="r:", tarinfo=_Header, encoding="utf-8", errors="backslashreplace") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every header
+                name = _split(member.name)
+                if name is not None and member.isreg() and not member.issparse():
+                    yield *name, (member.offset_data, member.size)
+    except _TAR_FAULTS as error:
+        raise ShardError(f"{path}: cannot be read: {error}; fetch or write it again, or leave it out") from error
 
 
 def _split(path: str) -> tuple[str, str] | None:
@@ -222,10 +267,10 @@ def _split(path: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def _groups(shard: Shard) -> Iterator[tuple[str, list[dict[str, bytes]]]]:
+def _groups(members: Iterable[tuple[str, str, T]]) -> Iterator[tuple[str, list[dict[str, T]]]]:
     """Adjacent members of one key: the sample, then a copy for each time that one of its names comes again."""
-    current, copies = "", list[dict[str, bytes]]()
-    for key, extension, data in _members(shard):
+    current, copies = "", list[dict[str, T]]()
+    for key, extension, data in members:
         if key != current and copies:
             yield current, copies
             copies = []

@@ -1,0 +1,88 @@
+"""Command line of the trainer. Exit codes: 0 done, 1 done but with faults or stopped, 2 the request was wrong."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reinforce.config import parse
+from reinforce.errors import ConfigError
+from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
+from train.config import TrainConfig, load_training
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+SetOption = Annotated[list[str], typer.Option("--set", help="dotted.key=value, over the recipe; may be repeated")]
+_EVAL_HELP = "a folder in CLIP_benchmark's layout, or tars with captions; may be repeated"
+StudentArgument = Annotated[str, typer.Argument(help="a name of the table, or a folder such as runs/NAME/student")]
+
+
+@app.command()
+def fit(
+    shards: Annotated[str, typer.Option(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")],
+    store: Annotated[str | None, typer.Option(help="what teachers know of these tars; none: plain CLIP")] = None,
+    student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; the recipe's, if none")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, curves, the student")] = Path(
+        "runs/latest"
+    ),
+    recipe: Annotated[str, typer.Option(help="a file in pipelines/ with a TRAINING, or one saved as .json")] = "sample",
+    eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Train a student on tars and what a store knows of them. Run it again to go on where it stopped."""
+    with errors_as_sentences():
+        config = load_training(recipe, set_)
+        asked: dict[str, Any] = {"shards": shards, "store": store}
+        asked |= {"student": student} if student else {}
+        asked |= {"eval_sets": _eval_sets(eval_)} if eval_ else {}
+        config = parse(TrainConfig, config.model_dump() | asked, "the request")
+        from train.trainer import fit as fit_student
+
+        report = fit_student(config, out)
+        if int(os.environ.get("RANK", 0)) == 0:
+            _print(report, json_, f"python -m train eval {out / 'student'} NAME=SET")
+
+
+@app.command(name="eval")
+def eval_(
+    student: StudentArgument,
+    sets: Annotated[list[str], typer.Argument(metavar="NAME=SET...", help=_EVAL_HELP)],
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    json_: JsonOption = False,
+) -> None:
+    """Zero-shot classification and retrieval of a trained student."""
+    with errors_as_sentences():
+        from train import students
+        from train.evalsets import EvalSet
+        from train.evaluate import evaluate
+
+        opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
+        _print(evaluate(students.create(student), opened, batch_size), json_)
+
+
+def _eval_sets(texts: list[str]) -> dict[str, str]:
+    sets = {}
+    for text in texts:
+        name, equals, url = text.partition("=")
+        if not (name and equals and url):
+            raise ConfigError(f"{text}: write an evaluation set as NAME=SET, such as heldout=samples/heldout/00000.tar")
+        sets[name] = url
+    return sets
+
+
+def _print(found: dict[str, Any], json_: bool, following: str = "") -> None:
+    if json_:
+        print(json.dumps(found))
+        return
+    print_tree(found)
+    if following:
+        print(f"Next:  {following}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()

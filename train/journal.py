@@ -1,0 +1,113 @@
+"""What a training says while it runs: a bar on a terminal, plain lines elsewhere; its curves as JSON lines and more."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from reinforce.errors import MissingExtra
+from train.config import TrainConfig
+
+_QUIET_S = 10.0  # plain lines come no closer together than this
+METRICS = "metrics.jsonl"
+
+
+class Journal:
+    """The curves of a run, in `folder`: `metrics.jsonl`, and what `report_to` names. `silent`: all ranks but one."""
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int, num_steps: int, silent: bool = False) -> None:
+        self._config, self._silent = config, silent
+        self._num_steps, self._first = num_steps, step
+        self._start = self._last_line = time.monotonic()
+        self._wait_s = 0.0
+        self._bar = tqdm(
+            total=num_steps, initial=step, unit="step", disable=silent or not sys.stderr.isatty(), dynamic_ncols=True
+        )
+        if silent:
+            return
+        self._file = _resumed(folder / METRICS, step)
+        self._tensorboard = _tensorboard(folder, step) if "tensorboard" in config.report_to else None
+        self._wandb = _wandb(folder, config) if "wandb" in config.report_to else None
+
+    def step(self, step: int, metrics: dict[str, float], wait_s: float) -> None:
+        """Step number `step` is done. `wait_s`: how long it waited for its data."""
+        if self._silent:
+            return
+        self._wait_s += wait_s
+        now = time.monotonic()
+        passed_s = max(now - self._start, 1e-9)
+        done = step + 1 - self._first
+        rate = done * self._config.global_batch_size / passed_s
+        wait = self._wait_s / passed_s
+        self._bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {wait:.0%} waiting for data", refresh=False
+        )
+        self._bar.update()
+        last = step + 1 == self._num_steps
+        if self._bar.disable and (now - self._last_line > _QUIET_S or last):
+            self._last_line = now
+            left_s = passed_s / done * (self._num_steps - step - 1)
+            print(
+                f"step {step + 1}/{self._num_steps}, loss {metrics['loss']:.3f}, {rate:.0f} samples/s, "
+                f"{wait:.0%} waiting for data, about {left_s:.0f} s left",
+                file=sys.stderr,
+            )
+        if (step + 1) % self._config.log_every_n_steps == 0 or last:
+            self.write(step + 1, {**metrics, "samples_per_s": rate, "data_wait_share": wait})
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """One point of each curve, after `step` steps."""
+        if self._silent:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(metrics, step=step)
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Of this run up to `step`: seconds, samples a second, share of them waiting for data."""
+        passed_s = max(time.monotonic() - self._start, 1e-9)
+        samples = (step - self._first) * self._config.global_batch_size
+        return {"seconds": passed_s, "samples_per_s": samples / passed_s, "data_wait_share": self._wait_s / passed_s}
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._silent:
+            return
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _resumed(path: Path, step: int) -> Any:
+    """The file of curves, without what a run that was stopped wrote after its last checkpoint."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtra("tensorboard is not installed: pip install tensorboard, or report_to='[]'") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb(folder: Path, config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise MissingExtra("wandb is not installed: pip install wandb, or leave it out of report_to") from None
+    return wandb.init(
+        dir=str(folder), name=folder.name, config=config.model_dump(mode="json"), resume="allow", id=folder.name
+    )
