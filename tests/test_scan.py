@@ -65,13 +65,14 @@ def test_one_decay_is_written_out() -> None:
     assert y.tolist() == pytest.approx([first, second], rel=1e-12)
 
 
-@pytest.mark.parametrize("strength", [1.0, 1e3])
-def test_float32_stays_finite_and_near_float64(strength: float) -> None:
+@pytest.mark.parametrize(("strength", "tolerance"), [(1.0, 1e-4), (1e3, 1e-2)])
+def test_float32_stays_finite_and_near_float64(strength: float, tolerance: float) -> None:
+    """A sum of log-decays of 1e5 leaves few digits to its differences."""
     args = inputs(1, 256, 2, strength)
     expected = values_and_gradients(scan.ssd_product, args)
     narrow = [t.detach().float().requires_grad_() for t in args]
     got = [t.double() for t in values_and_gradients(scan.ssd_product, narrow)]
-    assert distance(got, expected) < 1e-4
+    assert distance(got, expected) < tolerance
 
 
 def test_ssd_takes_chunks_where_the_sequence_is_long() -> None:

@@ -3,20 +3,27 @@
 A student is an open_clip model folder: `open_clip_config.json` (`model_cfg`, `preprocess_cfg`) and, where its tokenizer
 has a vocabulary of its own, that file beside it. open_clip builds towers, projections, `logit_scale`, tokenizer and
 preprocessing. To add a student, write such a folder into `configs/`, or anywhere and give its path. A folder that holds
-weights as well, such as an export, is a student that goes on learning from there.
+weights as well, such as an export, is a student that goes on learning from there. After `import train.students`,
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` builds any of them.
 """
 
 import difflib
 import logging
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from reinforce.compat import get_tokenizer, open_clip
 from reinforce.errors import ConfigError
-from train.students import mamba as mamba  # registers its encoders with timm
+from train.students import hybrid_text, mamba, mambavision, mci
+
+# Importing them registers their encoders with timm, and the hybrid text tower with open_clip.
+TOWERS = (hybrid_text, mamba, mambavision, mci)
 
 CONFIGS = Path(__file__).parent / "configs"
 CONFIG = "open_clip_config.json"
@@ -78,3 +85,15 @@ def create(name: str, seed: int = 0) -> Student:
         finally:
             logging.disable(logging.NOTSET)
     return Student(Path(name).name, folder, model, get_tokenizer(f"local-dir:{folder}"))
+
+
+def save(student: Student, folder: Path) -> None:
+    """Write a student as a folder that `create` and `open_clip.create_model("local-dir:...")` load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in student.folder.iterdir():
+        if path.name != WEIGHTS and path.is_file() and path.parent != folder:
+            shutil.copyfile(path, folder / path.name)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
+    partial = folder / f"{WEIGHTS}.partial"
+    save_file(weights, partial)
+    os.replace(partial, folder / WEIGHTS)

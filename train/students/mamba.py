@@ -150,7 +150,7 @@ class MambaEncoder(nn.Module):
             layers += [Block(width, mixers[stage.kind](width, index), rates.pop(0)) for index in range(stage.depth)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
         self.apply(_start)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -159,10 +159,7 @@ class MambaEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images.permute(0, 2, 3, 1))
         for layer in self.layers:
-            if self.grad_checkpointing and isinstance(layer, Block):
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpointing else layer(x)
         features: Tensor = self.head(self.norm(x).mean((1, 2)))
         return features
 
@@ -174,16 +171,23 @@ def _start(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _build(stages: list[Stage], num_states: int, settings: dict[str, Any]) -> MambaEncoder:
-    """What timm passes besides the settings of the encoder is about downloads, which there are none of."""
-    if settings.get("global_pool", "avg") != "avg":
-        raise ValueError(f"global_pool {settings['global_pool']!r}: this encoder has its mean alone, 'avg'")
-    known = {key: settings[key] for key in ("num_classes", "drop_path_rate") if key in settings}
-    return MambaEncoder(stages, num_states, **known)
+# The other settings are timm's: pooling, which is the mean here, and downloads, of which there are none.
 
 
 @register_model
-def mamba_tiny(pretrained: bool = False, **settings: Any) -> MambaEncoder:
+def mamba_tiny(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
     """For 64 px on a CPU: state spaces on 8x8 tokens, attention on 4x4."""
     stages = [Stage("convolution", 48, 1), Stage("ssd", 96, 2), Stage("attention", 160, 2)]
-    return _build(stages, 16, settings)
+    return MambaEncoder(stages, 16, num_classes, drop_path_rate)
+
+
+@register_model
+def mamba_small(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
+    """MCi1's size, for 256 px and more: state spaces on 16x16 tokens, attention on 8x8."""
+    stages = [
+        Stage("convolution", 64, 2),
+        Stage("convolution", 128, 4),
+        Stage("ssd", 320, 10),
+        Stage("attention", 512, 3),
+    ]
+    return MambaEncoder(stages, 32, num_classes, drop_path_rate)
