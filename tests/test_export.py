@@ -1,0 +1,228 @@
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from reinforce import images
+from reinforce.compat import get_tokenizer, open_clip
+from reinforce.errors import ConfigError
+from tests import tiny
+from train import export, students
+from train.students import Student
+
+SMALL = ["vit_tiny", "mamba_tiny", "mobileclip_s0_tiny"]
+LARGE = [name for name in students.names() if name not in SMALL]
+
+
+def trained(name: str) -> Student:
+    """A student in the middle of training: in training mode, biases and BatchNorm statistics not as they start."""
+    student = students.create(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        for module in student.model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_mean += 0.1 * torch.randn(module.num_features, generator=generator)
+                module.running_var *= 1 + torch.rand(module.num_features, generator=generator)
+    student.model.train()
+    return student
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """One export of each small student; tests copy the folder before they change it."""
+    torch.manual_seed(0)
+    student = trained(request.param)
+    out = tmp_path_factory.mktemp("export") / request.param
+    report = export.export(student, out, *export.noise(student))
+    yield SimpleNamespace(student=student, out=out, report=report)
+
+
+def frozen(student: Student) -> Student:
+    student.model.eval()
+    return student
+
+
+def test_the_check_finds_agreement(exported: SimpleNamespace) -> None:
+    report = exported.report
+    assert report.faults == []
+    assert (report.folder, report.num_images, report.num_texts) == (str(exported.out), 4, 4)
+    for name, found in report.agreement.items():
+        assert found.max_abs_diff <= (0 if name.startswith("open_clip") else 1e-6), name
+        assert found.min_cosine > 1 - 1e-9, name
+    assert set(report.agreement) == {"open_clip/image", "open_clip/text", "onnx/image", "onnx/text"}
+
+
+def test_the_student_goes_on_training(exported: SimpleNamespace, tmp_path: Path) -> None:
+    assert all(module.training for module in exported.student.model.modules())
+    again = students.create(exported.student.name)
+    assert exported.student.model.state_dict().keys() == again.model.state_dict().keys()  # not folded
+
+
+def test_open_clip_loads_it_bit_for_bit(exported: SimpleNamespace) -> None:
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported.out}")
+    model.eval()
+    picture = images.decode(tiny.picture(0))
+    tokens = get_tokenizer(f"local-dir:{exported.out}")(["a cat", "a red circle"])
+    assert torch.equal(tokens, exported.student.tokenizer(["a cat", "a red circle"]))
+    original = frozen(exported.student).model
+    with torch.no_grad():
+        pixels = preprocess(picture)[None]
+        assert torch.equal(model.encode_image(pixels), original.encode_image(pixels))
+        assert torch.equal(model.encode_text(tokens), original.encode_text(tokens))
+    original.train()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_onnx_is_all_that_an_application_needs(exported: SimpleNamespace, batch_size: int) -> None:
+    """From export.json and the two graphs, without open_clip: what the student says of pictures and texts."""
+    facts = json.loads((exported.out / "export.json").read_text())
+    preprocess, px = facts["preprocess"], facts["preprocess"]["size"]
+    pictures = [images.decode(tiny.picture(i)).resize((px, px)) for i in range(batch_size)]
+    mean, std = (np.array(preprocess[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    pixels = np.stack([(np.asarray(p, np.float32).transpose(2, 0, 1) / 255 - mean) / std for p in pictures])
+    tokens = exported.student.tokenizer(["a red circle"] * batch_size)
+    assert tokens.shape[1] == facts["context_length"]
+    original = frozen(exported.student).model
+    with torch.no_grad():
+        out = original(torch.from_numpy(pixels), tokens)
+    original.train()
+    for tower, name, data in (("image", "images", pixels), ("text", "tokens", tokens.numpy())):
+        session = onnxruntime.InferenceSession(exported.out / f"{tower}.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run([f"{tower}_features"], {name: data})
+        assert found.shape == (batch_size, out[f"{tower}_features"].shape[1])
+        assert np.abs(found - out[f"{tower}_features"].numpy()).max() < 1e-6
+        assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert facts["logit_scale"] == pytest.approx(out["logit_scale"].item())
+
+
+def test_what_is_written_is_whole_and_described(exported: SimpleNamespace) -> None:
+    assert {path.name for path in exported.out.iterdir()} >= {
+        "open_clip_config.json", "open_clip_model.safetensors", "image.onnx", "text.onnx", "export.json"
+    }  # fmt: skip
+    assert not exported.out.with_name(f"{exported.out.name}.partial").exists()
+    facts = json.loads((exported.out / "export.json").read_text())
+    assert facts["check"] == json.loads(json.dumps(dataclasses.asdict(exported.report)))
+    for tower in ("image", "text"):
+        graph = onnx.load(exported.out / f"{tower}.onnx")
+        onnx.checker.check_model(graph)
+        assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", facts["opset"])]
+        assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def checked(exported: SimpleNamespace, folder: Path) -> list[str]:
+    student = frozen(exported.student)
+    try:
+        return export.check(student, folder, *export.noise(student)).faults
+    finally:
+        student.model.train()
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_an_altered_graph_is_found(tower: str, exported: SimpleNamespace, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported.out, tmp_path / "altered")
+    graph = onnx.load(folder / f"{tower}.onnx")
+    matrices = {tensor.name: tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2}
+    name = next(name for node in reversed(graph.graph.node) for name in node.input if name in matrices)
+    values = onnx.numpy_helper.to_array(matrices[name]).copy()
+    values[0, 0] += 0.1  # one weight of the projection
+    matrices[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+    onnx.save(graph, folder / f"{tower}.onnx")
+    (fault,) = checked(exported, folder)
+    assert f"onnx/{tower} embeddings differ from the student's by up to" in fault
+
+
+def test_one_altered_weight_is_found_even_where_no_probe_meets_it(exported: SimpleNamespace, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported.out, tmp_path / "altered")
+    weights = load_file(folder / students.WEIGHTS)
+    name = next(name for name in weights if name.endswith("token_embedding.weight"))
+    weights[name][1500, 0] += 1e-3  # a word that none of the sentences has
+    save_file(weights, folder / students.WEIGHTS)
+    (fault,) = checked(exported, folder)
+    assert fault == f"{folder}: {name} is not as trained"
+
+
+def test_other_preprocessing_is_found(exported: SimpleNamespace, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported.out, tmp_path / "altered")
+    config = json.loads((folder / students.CONFIG).read_text())
+    config["preprocess_cfg"] |= {"mean": [0.5] * 3}
+    (folder / students.CONFIG).write_text(json.dumps(config))
+    assert any("preprocessing is" in fault for fault in checked(exported, folder))
+
+
+def test_an_embedding_that_is_no_number_is_a_fault(exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_run_onnx", lambda path, inputs: torch.full((4, 128), float("nan")))
+    assert len(checked(exported, exported.out)) == 2
+
+
+# Around the export itself, which is made quick.
+
+
+@pytest.fixture
+def no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_write_onnx", lambda student, folder: None)
+
+
+def test_an_export_that_disagrees_is_reported_and_not_put_in_place(
+    no_onnx: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = students.create("vit_tiny")
+    monkeypatch.setattr(export, "_run_onnx", lambda path, inputs: torch.eye(4, 128))
+    report = export.export(student, tmp_path / "out", *export.noise(student))
+    assert len(report.faults) == 2
+    assert report.folder == str(tmp_path / "out.partial")
+    assert not (tmp_path / "out").exists()
+    assert json.loads((tmp_path / "out.partial/export.json").read_text())["check"]["faults"] == report.faults
+
+
+def test_an_export_that_fails_leaves_nothing_that_looks_whole_and_does_not_hinder_the_next(
+    no_onnx: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = students.create("vit_tiny")
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.NoSuchFile):
+        export.export(student, tmp_path / "out", *export.noise(student))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out.partial/left over").touch()
+    (tmp_path / "out").mkdir()  # an empty one is no obstacle
+    right = dict(zip(("image", "text"), embeddings(student), strict=True))
+    monkeypatch.setattr(export, "_run_onnx", lambda path, inputs: right[path.stem])
+    assert export.export(student, tmp_path / "out", *export.noise(student)).faults == []
+    assert not (tmp_path / "out/left over").exists() and not (tmp_path / "out.partial").exists()
+
+
+def embeddings(student: Student) -> tuple[torch.Tensor, torch.Tensor]:
+    pictures, texts = export.noise(student)
+    student.model.eval()
+    return export.embed_images(student, pictures, 32), export.embed_texts(student, texts, 32)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_nothing_is_overwritten(kind: str, tmp_path: Path) -> None:
+    student = students.create("vit_tiny")
+    path = tmp_path / "out"
+    if kind == "folder":
+        path.mkdir()
+        path = path / "precious"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="out: is there already; export to another folder"):
+        export.export(student, tmp_path / "out", *export.noise(student))
+    assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_every_student_of_the_table_exports(name: str, tmp_path: Path) -> None:
+    student = students.create(name)
+    report = export.export(student, tmp_path / name, *export.noise(student))
+    assert report.faults == []
