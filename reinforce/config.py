@@ -7,14 +7,24 @@ A `Recipe` holds what decides the bytes of a store; it is saved in the manifest 
 import difflib
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from reinforce.errors import ConfigError
 
-RESERVED = {"augment", "pixels", "caption", "original"}
+RESERVED = {"augment", "pixels", "caption", "original", "name"}
 
 
 def _column_name(name: str) -> str:
@@ -69,6 +79,7 @@ class Teacher(Model):
 
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
+    prompts: str | None = Field(None, description="a file of `python -m train adapt`: the teacher adapted to a domain")
 
 
 class Captioner(Model):
@@ -83,6 +94,50 @@ class Captioner(Model):
     min_tokens: int = Field(5, ge=1, description="no end before so many tokens, the start token counted")
 
 
+def _lines_of(names: Any) -> Any:
+    if not isinstance(names, str):
+        return names
+    try:
+        return [line.strip() for line in Path(names).read_text("utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"class names cannot be read from '{names}': {error}") from None
+
+
+class ClassSet(Config):
+    """Classes whose texts every teacher embeds once for the whole store: the mean over the templates."""
+
+    classnames: Annotated[tuple[str, ...], BeforeValidator(_lines_of)] = Field(
+        description="the names, or a file with one a line; the manifest holds the names"
+    )
+    templates: tuple[str, ...] = Field(
+        ("a photo of a {}.",),
+        min_length=1,
+        description="`{}` or `{c}` is the name; of an adapted teacher leave out "
+        "'a photo of a', which its prompts stand for",
+    )
+
+    @field_validator("classnames")
+    @classmethod
+    def _named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(names) < 2 or "" in names:
+            raise ValueError("has to name at least two classes, and no name may be empty")
+        if twice := [name for name, num in Counter(names).items() if num > 1]:
+            raise ValueError(f"names '{twice[0]}' twice; tell the two apart")
+        return names
+
+    @field_validator("templates")
+    @classmethod
+    def _with_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if "{}" not in template and "{c}" not in template:
+                raise ValueError(f"'{template}' has no place for the class; write {{}} in it")
+        return templates
+
+    def texts(self) -> list[str]:
+        """Class by class, every template."""
+        return [t.replace("{c}", name).replace("{}", name) for name in self.classnames for t in self.templates]
+
+
 class Recipe(Config):
     """What a store shall hold. Everything here is in the fingerprint, but for `name`, which is a label."""
 
@@ -91,7 +146,10 @@ class Recipe(Config):
     teachers: dict[Name, Teacher] = Field(min_length=1)
     view_sets: dict[Name, ViewSet] = Field(default={"base": ViewSet()}, min_length=1)
     captioners: dict[Name, Captioner] = Field(description="synthetic text sets, by name")
-    num_original_captions: int = Field(1, ge=1, description="captions kept of those that came with the image")
+    class_sets: dict[Name, ClassSet] = Field({}, description="classes whose texts are embedded, once a store")
+    num_original_captions: int = Field(
+        1, ge=0, description="captions kept of those that came with the image; 0: images need none"
+    )
     batch_size: int = Field(
         64, ge=1, description="images a forward pass; part of the bytes, since kernels depend on it"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from reinforce.config import Recipe, RunOptions
 from reinforce.crew import Crew
 from reinforce.errors import ConfigError
-from reinforce.manifest import columns
+from reinforce.manifest import CLASSES, class_columns, columns
 from reinforce.progress import Progress
 from reinforce.reports import RunReport, ShardReport
 from reinforce.shards import Shard, expand
@@ -40,8 +40,8 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
         missing = list(pool.map(lambda shard: bool(store.missing(shard.name, wanted)), listed))
     todo = [shard for shard, is_missing in zip(listed, missing, strict=True) if is_missing]
     report = RunReport(store_url, len(listed), len(listed) - len(todo))
-    if todo:
-        crew = Crew(store_url, recipe, options, low, high) if high else None
+    if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
+        crew = Crew(store_url, recipe, options, low, high) if high and todo else None
         answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options)
         with Progress(len(todo)) as progress:
             for shard_report, attempts in answers:

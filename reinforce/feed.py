@@ -45,10 +45,10 @@ class View:
     pixels: dict[int, np.ndarray]
 
 
-def batches(shard: Shard, rows: Rows, batch_size: int, pool: Executor) -> Iterator[Batch]:
+def batches(shard: Shard, rows: Rows, batch_size: int, captioned: bool, pool: Executor) -> Iterator[Batch]:
     """Decodes every sample once and notes it in `rows`; yields the good ones. Composition depends on the tar alone."""
     batch = Batch()
-    samples = shards.read(shard)
+    samples = shards.read(shard, captioned)
     while group := list(islice(samples, batch_size)):
         for sample, (status, picture) in zip(group, pool.map(_decode, group), strict=True):
             rows.keys.append(sample.key)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from reinforce.config import Recipe
 from reinforce.errors import StoreError
-from reinforce.manifest import Manifest, columns
+from reinforce.manifest import CLASSES, Manifest, class_columns, columns
 from reinforce.shards import Status
 from reinforce.store import Store
 
@@ -20,6 +21,14 @@ def promised(store: Store) -> Manifest:
     return manifest
 
 
+def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
+    """Every group with the columns it has to have: the class texts', then each shard's."""
+    if recipe.class_sets:
+        yield CLASSES, class_columns(recipe)
+    for shard in store.shards():
+        yield shard, columns(recipe)
+
+
 def info(url: str) -> dict[str, Any]:
     """Counts, sets, bytes and missing columns. Embeddings are counted raw (2 bytes a number) and as stored."""
     store = Store(url)
@@ -28,28 +37,27 @@ def info(url: str) -> dict[str, Any]:
     quarantined: Counter[str] = Counter()
     samples = valid = total = raw = stored = 0
     missing = []
-    shards = store.shards()
-    for shard in shards:
-        absent = set(store.missing(shard, columns(recipe)))
-        missing += [f"{shard}/{column}" for column in columns(recipe) if column in absent]
-        if "status" not in absent:
-            statuses = store.read(shard, "status")
+    for group, wanted in groups(store, recipe):
+        absent = store.missing(group, wanted)
+        missing += [f"{group}/{column}" for column in absent]
+        present = [column for column in wanted if column not in absent]
+        if "status" in present:
+            statuses = store.read(group, "status")
             samples += len(statuses)
             valid += int((statuses == Status.GOOD).sum())
             quarantined.update(Status(int(status)).reason for status in statuses if status != Status.GOOD)
-        for column in columns(recipe):
-            if column not in absent:
-                size = store.stored_bytes(shard, column)
-                total += size
-                if column.rsplit("/", 1)[-1] in recipe.teachers:
-                    stored += size
-                    raw += 2 * int(np.prod(store.open_array(shard, column).shape))
+        for column in present:
+            size = store.stored_bytes(group, column)
+            total += size
+            if column.rsplit("/", 1)[-1] in recipe.teachers:
+                stored += size
+                raw += 2 * int(np.prod(store.open_array(group, column).shape))
     return {
         "format_version": manifest.format_version,
         "recipe": recipe.name,
         "recipe_fingerprint": manifest.fingerprint,
         "weights": recipe.weights,
-        "shards": len(shards),
+        "shards": len(store.shards()),
         "samples": samples,
         "valid": valid,
         "quarantined": dict(sorted(quarantined.items())),
@@ -57,9 +65,13 @@ def info(url: str) -> dict[str, Any]:
         "text_sets": {
             name: {"captions": num, "teachers": [*recipe.teachers]}
             for name, num in [
-                ("original", recipe.num_original_captions),
+                *([("original", recipe.num_original_captions)] if recipe.num_original_captions else []),
                 *((name, captioner.num_captions) for name, captioner in recipe.captioners.items()),
             ]
+        },
+        "class_sets": {
+            name: {"classes": len(c.classnames), "templates": len(c.templates), "teachers": [*recipe.teachers]}
+            for name, c in recipe.class_sets.items()
         },
         "bytes": {"total": total, "embeddings_raw": raw, "embeddings_stored": stored},
         "missing_columns": missing,

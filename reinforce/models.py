@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reinforce import prompts
 from reinforce.compat import get_tokenizer, open_clip
 from reinforce.config import Model, Teacher
 from reinforce.errors import ConfigError
@@ -36,6 +37,11 @@ class FrozenModel:
         self.model = _create(config, random_seed)
         self.weights = "random" if random_seed is not None else "pretrained"
         self.digest = weights_digest(self.model)
+        self.prompts: prompts.Prompts | None = None
+        if isinstance(config, Teacher) and config.prompts:
+            self.prompts = prompts.load(Path(config.prompts), config.model, self.digest)
+            self.prompts.requires_grad_(False).to(device).attach(self.model)
+            self.digest = hashlib.sha256(f"{self.digest} {self.prompts.digest()}".encode()).hexdigest()
         self.model.eval().requires_grad_(False).to(device)
         self.tokenizer = get_tokenizer(config.model)
         self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
@@ -47,6 +53,11 @@ class FrozenModel:
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on any device -> float32 (B, 3, H, W) on the model's, in the units it was trained in."""
         return (pixels.to(self.device).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """n texts -> token ids (n, T), with room for the prompts of an adapted model. Long texts are cut."""
+        tokens: Tensor = self.tokenizer(texts)
+        return self.prompts.make_room(tokens) if self.prompts else tokens
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic the manifest promises: bf16 autocast, or plain fp32."""

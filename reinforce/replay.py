@@ -80,7 +80,8 @@ def _again(
     parts = ("augment", "pixels", *teachers)
     wanted = {(ask.column(part), ask.index) for ask in asks for part in parts}
     stored = {(column, index): store.read(shard.name, column, index) for column, index in wanted}
-    for row, picture in _pictures(shard, keys, {ask.row for ask in asks}):
+    captioned = recipe.num_original_captions > 0
+    for row, picture in _pictures(shard, captioned, keys, {ask.row for ask in asks}):
         for ask in (ask for ask in asks if ask.row == row):
             size = (picture.height, picture.width)
             params = stored[ask.column("augment"), ask.index][row]
@@ -129,8 +130,8 @@ def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Tea
     return teachers
 
 
-def _pictures(shard: Shard, keys: np.ndarray, rows: set[int]) -> Iterator[tuple[int, Image.Image]]:
-    for row, sample in enumerate(shards.read(shard)):
+def _pictures(shard: Shard, captioned: bool, keys: np.ndarray, rows: set[int]) -> Iterator[tuple[int, Image.Image]]:
+    for row, sample in enumerate(shards.read(shard, captioned)):
         if row >= len(keys) or sample.key != keys[row]:
             raise ConfigError(f"{shard.url} is not the tar that group {shard.name} was made from: row {row} differs")
         if row in rows:

@@ -130,9 +130,10 @@ def _urls(pattern: str) -> Iterator[str]:
         yield from found if local else map(files.unstrip_protocol, found)
 
 
-def read(shard: Shard) -> Iterator[Sample]:
+def read(shard: Shard, captioned: bool = True) -> Iterator[Sample]:
     """Every sample of the tar, in its order, the bad ones with their status; images are not decoded.
 
+    Where not `captioned`, captions are neither asked for nor looked at.
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
     seen: set[str] = set()
@@ -142,7 +143,7 @@ def read(shard: Shard) -> Iterator[Sample]:
                 raise SampleError(
                     Status.DUPLICATE_KEY, f"{key}: comes again; give each sample one key, its files side by side"
                 )
-            sample = Sample(key, _image(key, parts), _captions(key, parts))
+            sample = Sample(key, _image(key, parts), _captions(key, parts) if captioned else ())
         except SampleError as error:
             sample = Sample(key, b"", (), Status(error.status), error.message)
         seen.add(key)

@@ -29,7 +29,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
 from reinforce.bfloat16 import BFloat16
 from reinforce.errors import Corrupt, NotCommitted, StoreError
-from reinforce.manifest import Manifest
+from reinforce.manifest import CLASSES, Manifest
 
 CHUNK_ROWS = 16384  # rows of one view in one object: 12.5 k rows of 768 bfloat16, a DataCompDR shard, are 19 MB
 _PARTIAL = ".partial"  # where objects of a local store wait until they are whole
@@ -75,9 +75,9 @@ class Store:
     # -- columns -------------------------------------------------------------------------------------------------
 
     def shards(self) -> list[str]:
-        """Names of the groups that hold anything, sorted."""
+        """Names of the shards' groups that hold anything, sorted."""
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in self._ls(self._root))
-        return sorted(name for name in names if name not in ("zarr.json", _PARTIAL))
+        return sorted(name for name in names if name not in ("zarr.json", _PARTIAL, CLASSES))
 
     def has(self, shard: str, column: str) -> bool:
         return bool(self._fs.exists(f"{self._root}/{shard}/{column}/zarr.json"))
@@ -90,9 +90,10 @@ class Store:
         """Write one column of a shard. Committing it twice, even at the same time, does no harm.
 
         Rows lie on the last axis of (N,), (A, N), (C, N) and on the second of (A, N, D), (C, N, D), (A, N, P); `size`
-        is (N, 2). A chunk holds one view (or caption) of up to CHUNK_ROWS rows.
+        is (N, 2). In the group CLASSES the rows are the classes of (C,) and (C, D). A chunk holds one view (or caption)
+        of up to CHUNK_ROWS rows.
         """
-        objects = _encode(array, _row_axis(column, array))
+        objects = _encode(array, 0 if shard == CLASSES else _row_axis(column, array))
         metadata = objects.pop("zarr.json")
         self._put_groups(shard, column)
         prefix = f"{shard}/{column}"
@@ -154,7 +155,7 @@ class Store:
             return  # an object store shows an object when it is whole, or not at all
         folder = f"{self._root}/{_PARTIAL}"
         for path in self._ls(folder):
-            if path.rsplit("/", 1)[-1].partition("~")[0] in shards | {""}:
+            if path.rsplit("/", 1)[-1].partition("~")[0] in shards | {"", CLASSES}:
                 self._fs.rm_file(path)
         if self._fs.isdir(folder) and not self._ls(folder):
             self._fs.rmdir(folder)

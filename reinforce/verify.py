@@ -9,8 +9,8 @@ import numpy as np
 from reinforce import shards
 from reinforce.config import Recipe
 from reinforce.errors import ConfigError, Corrupt
-from reinforce.info import promised
-from reinforce.manifest import columns
+from reinforce.info import groups, promised
+from reinforce.manifest import CLASSES
 from reinforce.replay import replay
 from reinforce.shards import Status
 from reinforce.store import Store
@@ -50,33 +50,36 @@ def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto
     manifest = promised(store)
     recipe = manifest.parsed_recipe()
     report = VerifyReport(url)
-    for shard in store.shards():
-        absent = store.missing(shard, columns(recipe))
-        report.missing += [f"{shard}/{column}" for column in absent]
-        present = [column for column in columns(recipe) if column not in absent]
+    for group, wanted in groups(store, recipe):
+        absent = store.missing(group, wanted)
+        report.missing += [f"{group}/{column}" for column in absent]
+        present = [column for column in wanted if column not in absent]
         report.columns_checked += len(present)
-        report.corrupt += [f"{shard}/{column}: {fault}" for column, fault in _faults(store, shard, present, recipe)]
+        report.corrupt += [f"{group}/{column}: {fault}" for column, fault in _faults(store, group, present, recipe)]
     if num_replays and patterns:
         report.replay = replay(store, manifest, shards.expand(patterns), num_replays, device)
     return report
 
 
-def _faults(store: Store, shard: str, present: list[str], recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _faults(store: Store, group: str, present: list[str], recipe: Recipe) -> Iterator[tuple[str, str]]:
     good: np.ndarray | None = None
     for column in present:
         try:
-            store.check(shard, column)
-            array = store.read(shard, column)
+            store.check(group, column)
+            array = store.read(group, column)
         except Corrupt as error:
             yield column, str(error)
             continue
         if column == "status":
             good = array == Status.GOOD
-        if good is None or column in ("key", "status"):
+        if group == CLASSES:
+            rows, good = array, np.ones(len(recipe.class_sets[column.split("/")[0]].classnames), bool)
+        elif good is None or column in ("key", "status"):
             continue
-        rows = array if column == "size" else array.swapaxes(0, 1)
+        else:
+            rows = array if column == "size" else array.swapaxes(0, 1)
         if len(rows) != len(good):
-            yield column, f"{len(rows)} rows, status has {len(good)}"
+            yield column, f"{len(rows)} rows, {'the manifest' if group == CLASSES else 'status'} has {len(good)}"
         elif column.rsplit("/", 1)[-1] in recipe.teachers:
             norms = np.linalg.norm(rows[good].astype(np.float32), axis=-1)
             if not np.all(np.abs(norms - 1) < _NORM_TOLERANCE):

@@ -17,7 +17,7 @@ from reinforce.captioner import Captioner
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ShardError
 from reinforce.feed import Batch, Rows, ahead, batches, views
-from reinforce.manifest import Manifest, columns
+from reinforce.manifest import CLASSES, Manifest, class_columns, columns
 from reinforce.models import pick_device
 from reinforce.reports import ShardReport
 from reinforce.shards import Shard, Status
@@ -29,7 +29,10 @@ class Worker:
     """Holds the models of a recipe on one device, and works shards for one store."""
 
     def __init__(self, recipe: Recipe, store_url: str, options: RunOptions) -> None:
-        """Loads the models and settles the manifest. Raises ConfigError, ManifestMismatch."""
+        """Loads the models, settles the manifest, writes the class texts that are missing.
+
+        Raises ConfigError, ManifestMismatch.
+        """
         device = pick_device(options.device)
         if device.type == "cpu":
             torch.set_num_threads(recipe.cpu_threads)
@@ -48,6 +51,8 @@ class Worker:
         }
         self.store.promise(Manifest.of(recipe, described))
         self._models = threading.Lock()
+        for column in self.store.missing(CLASSES, class_columns(recipe)):
+            self._commit_classes(*column.split("/"))
 
     def reinforce(self, shard: Shard) -> ShardReport:
         """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
@@ -56,8 +61,9 @@ class Worker:
         """
         start = time.monotonic()
         work = _ShardWork(self, shard)
+        captioned = self.recipe.num_original_captions > 0
         with ThreadPoolExecutor(self.options.decode_threads) as pool:
-            ready = ahead(batches(shard, work.rows, self.recipe.batch_size, pool), 2)
+            ready = ahead(batches(shard, work.rows, self.recipe.batch_size, captioned, pool), 2)
             try:
                 with self._models:
                     for batch in ready:
@@ -78,6 +84,13 @@ class Worker:
             columns_written=0 if refusal else len(work.wanted),
             seconds=time.monotonic() - start,
             error=refusal,
+        )
+
+    def _commit_classes(self, name: str, part: str) -> None:
+        classes = self.recipe.class_sets[name]
+        named = np.array(classes.classnames, dtype=object)
+        self.store.commit(
+            CLASSES, f"{name}/{part}", named if part == "name" else self.teachers[part].encode_classes(classes)
         )
 
 
@@ -146,8 +159,8 @@ class _ShardWork:
         captions = captioner.caption(inputs, self.recipe.seed, name, [sample.key for sample in batch.samples])
         for row in captions:
             for i, caption in enumerate(row):
-                if not caption:  # the model said nothing: its own caption is the best that is known of this image
-                    row[i] = batch.samples[i].captions[0]
+                if not caption:  # the model said nothing: its own caption, if any, is the best that is known
+                    row[i] = next(iter(batch.samples[i].captions), "")
                     self.empty_captions += 1
         return captions
 

@@ -15,6 +15,7 @@ LEVELS = [
     {"worker", "progress"},
     {"captioner", "teachers", "feed"},
     {"coca", "models", "store"},
+    {"prompts"},
     {"manifest", "reports", "images", "compat", "bfloat16", "terminal"},
     {"augment", "shards"},
     {"config", "draws"},
