@@ -4,9 +4,13 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
-from reinforce.config import Recipe
+from reinforce import driver
+from reinforce.config import Recipe, RunOptions
 from tests import tiny
 
 
@@ -14,3 +18,22 @@ from tests import tiny
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Two tiny teachers of different kinds and a tiny captioner: 3 views, 2 captions, batches of 4."""
     return tiny.models(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@dataclass(frozen=True)
+class Reinforced:
+    """Three tars of 13, 9 and 10 good samples, two bad ones in the second, a store of them, and a tiny student."""
+
+    shards: str
+    store: str
+    student: str
+
+
+@pytest.fixture(scope="session")
+def reinforced(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Reinforced:
+    folder = tmp_path_factory.mktemp("reinforced")
+    tars = [tiny.tar(folder / f"{i:05d}.tar", num, 2 * (i == 1), seed=i) for i, num in enumerate([13, 9, 10])]
+    options = RunOptions(workers="0", device="cpu", max_invalid=0.5)
+    report = driver.run("::".join(tars), str(folder / "store"), recipe, options)
+    assert (report.valid, report.failed) == (32, [])
+    return Reinforced("::".join(tars), str(folder / "store"), tiny.student(folder / "student"))

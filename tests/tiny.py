@@ -52,12 +52,24 @@ def models(folder: Path) -> Recipe:
     )
 
 
-def _model(folder: Path, model_cfg: dict, preprocess_cfg: dict, seed: int) -> None:
+def student(folder: Path) -> str:
+    """A student of a few thousand weights, without them; gives its name."""
+    cfg = {"embed_dim": 12, "vision_cfg": _VIT, "text_cfg": _TEXT | {"width": 16, "context_length": 16}}
+    preprocess = {"size": 32, "mean": [0.4] * 3, "std": [0.3] * 3, "interpolation": "bicubic"}
+    _describe(folder, cfg, preprocess)
+    return str(folder)
+
+
+def _describe(folder: Path, model_cfg: dict, preprocess_cfg: dict) -> None:
     folder.mkdir(parents=True)
     with gzip.GzipFile(folder / "bpe.txt.gz", "wb", mtime=0) as file:
         file.write(b"#version: tiny")  # no newline: it would be an empty merge
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg | {"interpolation": "bicubic"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+
+def _model(folder: Path, model_cfg: dict, preprocess_cfg: dict, seed: int) -> None:
+    _describe(folder, model_cfg, preprocess_cfg)
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False)
     if isinstance(model, open_clip.CoCa):

@@ -73,6 +73,9 @@ class Loader:
         self._streams = range(rank * streams // world_size, (rank + 1) * streams // world_size)
         self._piece_size = batch_size // world_size // accum_freq
         self._views = _Views(image_px, tokenizer)
+        # Not of a generator's own: one that is dropped is closed in whatever thread collects it, and if that is the one
+        # Zarr reads in, waiting there for a read would be for ever.
+        self._pool = ThreadPoolExecutor(2)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,19 +109,18 @@ class Loader:
     def _rows(self, step: int) -> Iterator[list[_Row]]:
         """The rows of one piece after the other."""
         opened: WeakValueDictionary[tuple[int, str], Future[Opened]] = WeakValueDictionary()
-        with ThreadPoolExecutor(2) as pool:
 
-            def open_(piece: Piece) -> Future[Opened]:
-                name = (piece.epoch, piece.shard)
-                future = opened.get(name)  # two streams may be in one shard
-                if future is None:
-                    opened[name] = future = pool.submit(self._source.open, piece.shard, piece.epoch)
-                return future
+        def open_(piece: Piece) -> Future[Opened]:
+            name = (piece.epoch, piece.shard)
+            future = opened.get(name)  # two streams may be in one shard
+            if future is None:
+                opened[name] = future = self._pool.submit(self._source.open, piece.shard, piece.epoch)
+            return future
 
-            streams = [_rows_of(self.order.stream(stream, step), open_) for stream in self._streams]
-            while True:
-                share = [row for stream in streams for row in islice(stream, self.order.stream_batch)]
-                yield from (share[i : i + self._piece_size] for i in range(0, len(share), self._piece_size))
+        streams = [_rows_of(self.order.stream(stream, step), open_) for stream in self._streams]
+        while True:
+            share = [row for stream in streams for row in islice(stream, self.order.stream_batch)]
+            yield from (share[i : i + self._piece_size] for i in range(0, len(share), self._piece_size))
 
 
 def _rows_of(pieces: Iterator[Piece], open_: Callable[[Piece], "Future[Opened]"]) -> Iterator[_Row]:

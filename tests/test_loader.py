@@ -1,0 +1,213 @@
+"""Batches hold what tar and store say of their samples, the same for any workers, ranks and restarts."""
+
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reinforce import augment, images, shards
+from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, ReplayError, ShardError, StoreError
+from reinforce.store import Store
+from tests import tiny
+from tests.conftest import Reinforced
+from train.config import TrainConfig
+from train.loader import Batch, Loader
+from train.sources import source_of
+
+PX = 24
+
+
+def letters(texts: list[str]) -> torch.Tensor:
+    """A tokenizer that can be read back: the first 20 characters."""
+    return torch.tensor([[ord(letter) for letter in text[:20].ljust(20)] for text in texts])
+
+
+def config(made: Reinforced, **changes: object) -> TrainConfig:
+    return TrainConfig(shards=made.shards, store=made.store).model_copy(update=changes)
+
+
+def loader(config: TrainConfig, workers: int = 0, batch_size: int = 8, **options: int) -> Loader:
+    return Loader(source_of(config), PX, letters, batch_size, options.pop("streams", 4), 0, workers=workers, **options)
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    def flat(batch: Batch) -> list[torch.Tensor]:
+        texts = [tensor for said in batch.text_targets.values() for tensor in said.values()]
+        return [batch.images, *batch.tokens.values(), *batch.image_targets.values(), *texts]
+
+    return len(left) == len(right) and all(
+        a.keys == b.keys and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 4])
+def test_a_batch_is_what_tar_and_store_say(reinforced: Reinforced, epoch: int) -> None:
+    made, store = loader(config(reinforced)), Store(reinforced.store)
+    samples, rows = {}, {}
+    for shard in shards.expand(reinforced.shards):
+        for row, sample in enumerate(shards.read(shard)):
+            samples[sample.key], rows[sample.key] = sample, (shard.name, row)
+    view, caption = epoch % 3, epoch % 2
+    seen: list[str] = []
+    for batch in made.batches(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch):
+        assert list(batch.tokens) == ["original", "coca"] and list(batch.image_targets) == ["vit", "conv"]
+        for i, key in enumerate(batch.keys):
+            shard, row = rows[key]
+            params = store.read(shard, "view/base/augment", view)[row]
+            picture = images.decode(samples[key].image)
+            pixels = augment.replay(picture, params, (picture.height, picture.width), PX)
+            assert np.array_equal(batch.images[i].numpy(), pixels)
+            assert torch.equal(batch.tokens["original"][i], letters([samples[key].captions[0]])[0])
+            assert torch.equal(
+                batch.tokens["coca"][i], letters([store.read(shard, "text/coca/caption", caption)[row]])[0]
+            )
+            for teacher in ("vit", "conv"):
+                stored = store.read(shard, f"view/base/{teacher}", view)[row].astype(np.float32)
+                assert np.array_equal(batch.image_targets[teacher][i].float().numpy(), stored)
+                stored = store.read(shard, f"text/coca/{teacher}", caption)[row].astype(np.float32)
+                assert np.array_equal(batch.text_targets["coca"][teacher][i].float().numpy(), stored)
+        seen += batch.keys
+    assert len(set(seen)) == len(seen) == 32 and not any("bad" in key for key in seen)
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_workers_do_not_change_batches(reinforced: Reinforced, store: bool) -> None:
+    asked = config(reinforced) if store else config(reinforced, store=None, distill=0.0)
+    none, one, two = (list(loader(asked, workers).batches(2, 11)) for workers in (0, 1, 2))
+    assert len(none) == 9 and same(none, one) and same(none, two)
+
+
+def test_a_restart_and_other_ranks_give_the_same_batches(reinforced: Reinforced) -> None:
+    alone = list(loader(config(reinforced)).batches(0, 9))
+    assert same(alone[5:], list(loader(config(reinforced)).batches(5, 9)))
+    ranks = [list(loader(config(reinforced), rank=rank, world_size=2).batches(0, 9)) for rank in range(2)]
+    assert [a.keys + b.keys for a, b in zip(*ranks, strict=True)] == [batch.keys for batch in alone]
+
+
+def test_pieces_are_the_batch_in_order(reinforced: Reinforced) -> None:
+    whole = list(loader(config(reinforced)).batches(0, 3))
+    pieces = list(loader(config(reinforced), accum_freq=4).batches(0, 3))
+    assert [len(piece.keys) for piece in pieces] == [2] * 12
+    assert [sum((p.keys for p in pieces[i : i + 4]), []) for i in (0, 4, 8)] == [batch.keys for batch in whole]
+
+
+def read_in_the_first_epoch(asked: TrainConfig) -> list[tuple[str, str, int | None]]:
+    """Shard, column and index of every read of a store."""
+    source, read = source_of(asked), []
+    genuine = source._store.read
+
+    def counted(shard: str, column: str, index: int | None = None) -> np.ndarray:
+        read.append((shard, column, index))
+        return genuine(shard, column, index)
+
+    source._store.read = counted
+    made = Loader(source, PX, letters, 8, 4, 0)
+    list(made.batches(0, made.steps_per_epoch))
+    return read
+
+
+def test_one_slab_of_a_column_is_read_a_shard_and_epoch(reinforced: Reinforced) -> None:
+    read = read_in_the_first_epoch(config(reinforced))
+    first = [item for item in read if item[1] == "view/base/vit" and item[2] == 0]
+    assert sorted(first) == [(f"{i:05d}", "view/base/vit", 0) for i in range(3)]
+    assert all(index is not None for _, column, index in read if "/" in column)
+
+
+def test_what_teachers_know_is_not_read_where_nobody_asks(reinforced: Reinforced) -> None:
+    read = read_in_the_first_epoch(config(reinforced, distill=0.0))
+    assert {column for _, column, _ in read} == {
+        "key",
+        "size",
+        "view/base/augment",
+        "text/original/caption",
+        "text/coca/caption",
+    }
+
+
+def test_views_and_captions_in_drawn_order(reinforced: Reinforced) -> None:
+    drawn = source_of(config(reinforced, view_order="random"))
+    views = {epoch: drawn.open("00000", epoch).params.tobytes() for epoch in range(12)}
+    assert len(set(views.values())) == 3
+    assert views[0] == source_of(config(reinforced, view_order="random")).open("00000", 0).params.tobytes()
+
+
+def test_mixed_captions_keep_their_embeddings(reinforced: Reinforced) -> None:
+    each = source_of(config(reinforced)).open("00000", 0)
+    mixed = source_of(config(reinforced, captions="mix")).open("00000", 0)
+    assert list(mixed.captions) == ["mix"]
+    taken = set()
+    for row, text in enumerate(mixed.captions["mix"]):
+        text_set = next(name for name in each.captions if each.captions[name][row] == text)
+        taken.add(text_set)
+        assert np.array_equal(mixed.text_targets["mix"]["vit"][row], each.text_targets[text_set]["vit"][row])
+    assert taken == {"original", "coca"}
+
+
+def test_plain_views_are_new_in_every_epoch_and_bad_samples_are_left_out(reinforced: Reinforced) -> None:
+    source = source_of(config(reinforced, store=None, distill=0.0))
+    assert source.num_skipped == 2 and sum(map(len, source.good_rows.values())) == 32
+    assert not np.array_equal(source.open("00001", 0).params, source.open("00001", 1).params, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"store": None}, "nobody to learn from"),
+        ({"shards": ""}, "no shards"),
+        ({"teachers": ["vti"]}, "no teacher 'vti' to learn from; it has vit, conv"),
+        ({"text_sets": ["blip"]}, "no text set 'blip'"),
+        ({"view_set": "more"}, "no view set 'more'"),
+        ({"dist_logit_scale": {"x": 1.0}}, "no teacher 'x'"),
+    ],
+)
+def test_wrong_requests_get_a_sentence(reinforced: Reinforced, changes: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        source_of(config(reinforced, **changes))
+
+
+def test_no_store_and_shards_that_are_not_in_it(reinforced: Reinforced, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no store at"):
+        source_of(config(reinforced, store=str(tmp_path / "s")))
+    with pytest.raises(NotCommitted, match="reinforce that shard first"):
+        source_of(config(reinforced, shards=tiny.tar(tmp_path / "00009.tar", 3)))
+
+
+def test_a_tar_that_is_not_the_stores(reinforced: Reinforced, tmp_path: Path) -> None:
+    other = config(reinforced, shards=tiny.tar(tmp_path / "00000.tar", 13, seed=7))
+    with pytest.raises(ManifestMismatch, match="row 0 is '00000-0-000' in the store and '00000-7-000' in the tar"):
+        list(islice(loader(other, streams=1).batches(0, 1), 1))
+    shorter = config(reinforced, shards=tiny.tar(tmp_path / "00002.tar", 8, seed=2))
+    with pytest.raises(ManifestMismatch, match="10 samples in the store, 8 in the tar"):
+        list(loader(shorter, streams=1).batches(0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_whose_images_have_changed(reinforced: Reinforced, tmp_path: Path, workers: int) -> None:
+    """The same keys, images of another size, or none at all: an error with its own type, out of a worker too."""
+    path = tmp_path / "00002.tar"
+    resized = [(f"00002-2-{i:03d}", {"jpg": tiny.picture(5), "txt": b"x"}) for i in range(10)]
+    shards.write(str(path), resized)
+    with pytest.raises(ReplayError, match=r"00002-2-\d+: the view was drawn for"):
+        list(loader(config(reinforced, shards=str(path)), workers, streams=1).batches(0, 1))
+    shards.write(str(path), [(key, {"jpg": b"<html>", "txt": b"x"}) for key, _ in resized])
+    with pytest.raises(ShardError, match=r"00002-2-\d+: image: starts with"):
+        list(loader(config(reinforced, shards=str(path)), workers, streams=1).batches(0, 1))
+
+
+def test_remote_tars_are_copied_once(reinforced: Reinforced, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for tar in reinforced.shards.split("::"):
+        memory.put_file(tar, f"/tars/{Path(tar).name}")
+    remote = config(reinforced, shards="memory://tars/{00000..00002}.tar", cache_dir=str(tmp_path / "cache"))
+    assert same(list(loader(remote).batches(0, 4)), list(loader(config(reinforced)).batches(0, 4)))
+    copies = sorted((tmp_path / "cache").iterdir())
+    assert len(copies) == 3
+    shutil.rmtree(memory.store, ignore_errors=True)
+    memory.rm("/tars", recursive=True)
+    assert same(list(loader(remote).batches(0, 4)), list(loader(config(reinforced)).batches(0, 4)))

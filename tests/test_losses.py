@@ -1,0 +1,138 @@
+"""The losses against their definitions, written out slowly in float64, and against open_clip's own."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reinforce.compat import open_clip
+from train.losses import FeatureHeads, TeacherPairs, feature_mse, pair_losses
+
+
+def units(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def pairs(num: int, widths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, list[TeacherPairs]]:
+    teachers = [
+        TeacherPairs(units(seed + 10 * k, num, width), units(seed + 10 * k + 1, num, width), 20.0 + 30 * k)
+        for k, width in enumerate(widths, 1)
+    ]
+    return units(seed, num, 8), units(seed + 1, num, 8), teachers
+
+
+def slow(image: Tensor, text: Tensor, scale: float, teachers: list[TeacherPairs]) -> tuple[float, float]:
+    """Sums over pairs, in loops, with nothing of the code under test."""
+
+    def softmax(numbers: list[float]) -> np.ndarray:
+        e = np.exp(np.array(numbers) - max(numbers))
+        return e / e.sum()
+
+    num, contrastive, distill = len(image), 0.0, 0.0
+    for x, y, side in ((image, text, 0), (text, image, 1)):
+        for i in range(num):
+            p = softmax([scale * float(x[i] @ y[j]) for j in range(num)])
+            contrastive -= np.log(p[i])
+            targets = []
+            for t in teachers:
+                u, v = (t.image, t.text) if side == 0 else (t.text, t.image)
+                targets.append(softmax([t.logit_scale * float(u[i] @ v[j]) for j in range(num)]))
+                assert abs(targets[-1].sum() - 1) < 1e-12  # of rows of texts too: not the transpose of the other side's
+            if teachers:
+                distill -= float((np.mean(targets, axis=0) * np.log(p)).sum())
+    return contrastive / (2 * num), distill / (2 * num)
+
+
+@given(
+    num=st.integers(1, 9),
+    widths=st.lists(st.integers(2, 9), max_size=3),
+    block_rows=st.integers(1, 10),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_they_are_what_they_say(num: int, widths: list[int], block_rows: int, seed: int) -> None:
+    image, text, teachers = pairs(num, widths, seed)
+    losses = pair_losses(image, text, torch.tensor(14.0, dtype=torch.float64), teachers, block_rows)
+    contrastive, distill = slow(image, text, 14.0, teachers)
+    assert losses.contrastive.item() == pytest.approx(contrastive, abs=1e-9)
+    assert losses.distill.item() == pytest.approx(distill, abs=1e-9)
+
+
+def test_with_one_teacher_it_is_open_clips_distillation() -> None:
+    image, text, teachers = pairs(11, [16])
+    scale = torch.tensor(30.0, dtype=torch.float64)
+    theirs = open_clip.DistillClipLoss()(
+        image, text, scale, teachers[0].image, teachers[0].text, teachers[0].logit_scale, output_dict=True
+    )
+    ours = pair_losses(image, text, scale, teachers)
+    torch.testing.assert_close(ours.contrastive, theirs["contrastive_loss"])
+    torch.testing.assert_close(ours.distill, theirs["distill_loss"])
+
+
+def gradients(block_rows: int) -> list[Tensor]:
+    image, text, teachers = pairs(10, [5, 6])
+    leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(9.0, dtype=torch.float64).requires_grad_()]
+    losses = pair_losses(image, text, leaves[2], teachers, block_rows)
+    return list(torch.autograd.grad(losses.contrastive + 2 * losses.distill, leaves))
+
+
+def test_gradients_do_not_depend_on_the_blocks() -> None:
+    for blocked, whole in zip(gradients(3), gradients(10), strict=True):
+        torch.testing.assert_close(blocked, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_definition() -> None:
+    image, text, teachers = pairs(6, [5, 4])
+    scale = torch.tensor(9.0, dtype=torch.float64)
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        losses = pair_losses(image, text, scale, teachers, block_rows=4)
+        return losses.contrastive + losses.distill
+
+    leaves = [leaf.requires_grad_() for leaf in (image, text, scale)]
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_memory_grows_with_the_batch_and_not_its_square() -> None:
+    def kept(num: int) -> int:
+        image, text, teachers = pairs(num, [8])
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            pair_losses(
+                image.requires_grad_(), text.requires_grad_(), torch.tensor(9.0).requires_grad_(), teachers, num // 8
+            )
+        return sum(sizes)
+
+    assert kept(512) < 2.5 * kept(256)
+
+
+def test_similarities_are_float32_under_autocast() -> None:
+    image, text, teachers = pairs(12, [8])
+    halves = [TeacherPairs(t.image.bfloat16(), t.text.bfloat16(), t.logit_scale) for t in teachers]
+    exact = [TeacherPairs(t.image.double(), t.text.double(), t.logit_scale) for t in halves]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = pair_losses(image.float(), text.float(), torch.tensor(100.0), halves)
+    assert losses.distill.dtype == torch.float32
+    truth = pair_losses(image.float().double(), text.float().double(), torch.tensor(100.0), exact)
+    assert losses.distill.item() == pytest.approx(truth.distill.item(), rel=1e-5)
+
+
+def test_feature_distance() -> None:
+    target = units(0, 5, 6)
+    assert feature_mse(3 * target, target).item() == pytest.approx(0)
+    assert feature_mse(-target, target).item() == pytest.approx(4)
+    guess = units(1, 5, 6)
+    assert feature_mse(guess, target).item() == pytest.approx((guess - target).square().sum(-1).mean().item())
+
+
+def test_heads_have_the_teachers_widths() -> None:
+    heads = FeatureHeads(8, {"a": 3, "b": 5})
+    assert {
+        (side, name): head(torch.ones(2, 8)).shape[1]
+        for side in ("image", "text")
+        for name, head in getattr(heads, side).items()
+    } == {("image", "a"): 3, ("image", "b"): 5, ("text", "a"): 3, ("text", "b"): 5}
