@@ -141,7 +141,8 @@ class MambaEncoder(nn.Module):
             "ssd": lambda width, index: SSDMixer(width, num_states, by_columns=index % 2 == 1),
             "attention": lambda width, index: AttentionMixer(width),
         }
-        rates = torch.linspace(0, drop_path_rate, sum(stage.depth for stage in stages)).tolist()
+        last = max(sum(stage.depth for stage in stages) - 1, 1)
+        rates = [drop_path_rate * index / last for index in range(last + 1)]
         layers: list[nn.Module] = []
         for number, stage in enumerate(stages):
             if number:

@@ -159,7 +159,8 @@ class MambaVision(nn.Module):
         self.stem = nn.Sequential(
             conv_norm(3, size.stem, stride=2), nn.ReLU(), conv_norm(size.stem, size.width, stride=2), nn.ReLU()
         )
-        rates = torch.linspace(0, drop_path_rate, sum(size.depths)).tolist()
+        last = max(sum(size.depths) - 1, 1)
+        rates = [drop_path_rate * index / last for index in range(last + 1)]
         layers: list[nn.Module] = []
         width = size.width
         for stage, depth in enumerate(size.depths):

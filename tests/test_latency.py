@@ -1,0 +1,101 @@
+"""Rows for every tower, size and batch; what is counted is what is done; folded, in eval mode."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+from reinforce.errors import ConfigError
+from train import latency, students
+from train.students import scan
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setattr(latency, "WARM_UP", 1)
+
+
+def test_rows_for_every_tower_size_and_batch(caplog: pytest.LogCaptureFixture) -> None:
+    rows = latency.measure(["mamba_tiny", "vit_tiny"], sizes_px=[64, 96], batches=[1, 4], repeats=2)
+    kinds = [(row.student, row.tower, row.size, row.batch) for row in rows]
+    assert kinds == [
+        *(("mamba_tiny", "image", size, batch) for size in (64, 96) for batch in (1, 4)),
+        *(("mamba_tiny", "text", 24, batch) for batch in (1, 4)),
+        *(("vit_tiny", tower, size, batch) for tower, size in (("image", 64), ("text", 24)) for batch in (1, 4)),
+    ]
+    assert "vit_tiny takes no images of 96 px" in caplog.text
+    for row in rows:
+        assert row.ms_quartiles and row.ms_min and row.ms_median
+        assert 0 < row.ms_min <= row.ms_quartiles[0] <= row.ms_median <= row.ms_quartiles[1]
+        assert f"torch {torch.__version__}" in row.machine and "2 threads" in row.machine
+    text = latency.table(rows)
+    assert text.count("mamba_tiny") == 6 and "0.92" in text and "eager, 2 repeats" in text
+    json.dumps([asdict(row) for row in rows])
+
+
+def test_params_are_those_of_the_folded_towers() -> None:
+    model = students.create("mobileclip_s0_tiny").model
+    image, text = latency.measure(["mobileclip_s0_tiny"], sizes_px=[64], batches=[1], repeats=2, precision="bf16")
+    assert image.params < sum(p.numel() for p in model.visual.parameters())
+    assert text.params < sum(p.numel() for p in model.text.parameters())
+    assert image.precision == "bf16"
+
+
+def test_what_is_measured_is_folded_and_runs_as_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def times(tower: nn.Module, inputs: torch.Tensor, repeats: int, compiled: bool) -> list[float]:
+        norms = [m for m in tower.modules() if isinstance(m, nn.BatchNorm1d)]
+        seen.append((tower.training, len(norms), inputs.shape[0], inputs.dtype, compiled))
+        return [1.0, 2.0, 4.0]
+
+    monkeypatch.setattr(latency, "_times", times)
+    rows = latency.measure(["mobileclip_s0_tiny"], [64], [5], precision="bf16", compiled=True)
+    assert seen == [(False, 0, 5, torch.bfloat16, True), (False, 0, 5, torch.int64, True)]
+    assert (rows[0].ms_median, rows[0].ms_min, rows[0].ms_quartiles) == (2.0, 1.0, (1.5, 3.0))
+
+
+def test_counts_are_those_of_known_work() -> None:
+    """A linear layer of 3 to 5 on 2 rows is 2 * 2 * 3 * 5; its activation writes 2 * 5."""
+    gflops, pointwise = latency.count(nn.Sequential(nn.Linear(3, 5), nn.GELU()), torch.zeros(2, 3))
+    assert (round(gflops * 1e9), round(pointwise * 1e9)) == (60, 10)
+
+
+def test_the_recurrence_of_a_scan_is_counted() -> None:
+    class Scan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decays = nn.Parameter(torch.zeros(3, 8))  # D, N
+            self.states = nn.Parameter(torch.zeros(2, 8, 4))  # b, N, L
+
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return scan.selective_scan(u, u, self.decays, self.states, self.states)
+
+    _, pointwise = latency.count(Scan(), torch.zeros(2, 3, 4))
+    numbers = 2 * 3 * 4 * 8  # b D L N: delta A, its exponential, delta u B, and the recurrence after its first step
+    others = 2 * 3 * 4 + 2 * 8 * 4  # delta u, and a copy of C
+    assert round(pointwise * 1e9) == 3 * numbers + numbers * 3 // 4 + others
+
+
+def test_memory_that_does_not_suffice_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> list[float]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(latency, "_wall_times", full)
+    rows = latency.measure(["mamba_tiny"], [64], [1], repeats=2)
+    assert rows[0].ms_median is None and rows[0].gflops > 0
+    assert "out of memory" in latency.table(rows)
+
+
+def test_a_name_that_is_no_student_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="mamba_tiny"):
+        latency.measure(["mamba_tinny"])
+
+
+@pytest.mark.slow
+def test_compiled_towers_are_measured() -> None:
+    rows = latency.measure(["mamba_tiny"], [64], [1], repeats=2, compiled=True)
+    assert all(row.compiled and row.ms_median for row in rows)
