@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from reinforce.config import parse
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, SampleError
 from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
-from train.config import TrainConfig, load_training
+from train.config import AdaptConfig, TrainConfig, load_adaptation, load_training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -56,12 +56,69 @@ def eval_(
 ) -> None:
     """Zero-shot classification and retrieval of a trained student."""
     with errors_as_sentences():
-        from train import students
+        from train import classifier, students
         from train.evalsets import EvalSet
         from train.evaluate import evaluate
 
         opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
-        _print(evaluate(students.create(student), opened, batch_size), json_)
+        if (Path(student) / classifier.FILE).is_file():
+            _print(classifier.load(Path(student)).evaluate(opened), json_)
+        else:
+            _print(evaluate(students.create(student), opened, batch_size), json_)
+
+
+@app.command()
+def adapt(
+    data: Annotated[str, typer.Argument(help="labelled images: a folder in CLIP_benchmark's layout, its split train")],
+    teacher: Annotated[str | None, typer.Option(help="an open_clip model; the recipe's, if none")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="its weights, a tag or a file")] = None,
+    out: Annotated[Path, typer.Option(help="the file that is written")] = Path("runs/prompts.safetensors"),
+    recipe: Annotated[
+        str, typer.Option(help="a file in pipelines/ with an ADAPTATION, or one saved as .json")
+    ] = "comkd",
+    eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Adapt a CLIP teacher to labelled images by prompts: a file that a recipe names as the teacher's `prompts`."""
+    with errors_as_sentences():
+        config = load_adaptation(recipe, set_)
+        asked: dict[str, Any] = {"data": data}
+        asked |= {"teacher": {"model": teacher, "pretrained": pretrained}} if teacher else {}
+        asked |= {"eval_sets": _eval_sets(eval_)} if eval_ else {}
+        config = parse(AdaptConfig, config.model_dump() | asked, "the request")
+        from train.adapt import adapt as adapt_teacher
+
+        _print(
+            adapt_teacher(config, out),
+            json_,
+            "python -m reinforce run .. with a recipe whose teacher has "
+            f"prompts={out} and whose class_sets name the classes",
+        )
+
+
+@app.command()
+def classify(
+    student: Annotated[Path, typer.Argument(help="folder of a student that was trained with comkd")],
+    images: Annotated[list[Path], typer.Argument(help="files")],
+    json_: JsonOption = False,
+) -> None:
+    """Say which class each image shows, and how sure that is."""
+    with errors_as_sentences():
+        from reinforce.images import decode
+        from train.classifier import load
+
+        loaded = load(student)
+        found = {}
+        for path in images:
+            try:
+                shares = loaded.classify([decode(path.read_bytes())])[0]
+            except (OSError, SampleError) as error:
+                raise ConfigError(f"{path}: {error}; give image files") from None
+            found[str(path)] = {
+                loaded.names[i]: round(shares[i].item(), 4) for i in shares.argsort(descending=True)[:3]
+            }
+        _print(found, json_)
 
 
 def _eval_sets(texts: list[str]) -> dict[str, str]:

@@ -4,9 +4,56 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from reinforce.config import Config, ViewSet, load
+from reinforce.config import Config, Teacher, ViewSet, load
 
 Reporter = Literal["tensorboard", "wandb"]
+
+
+class ComkdConfig(Config):
+    """Stage 2 of ComKD-CLIP (train/comkd.py): a student's image encoder learns its teacher's way with some classes."""
+
+    class_set: str = Field(description="the store's class texts to learn with")
+    num_prompts: int = Field(
+        0, ge=0, description="visual prompts a layer of a ViT whose weights stay (published: 4); 0: all weights learn"
+    )
+    prompt_depth: int = Field(9, ge=1, description="layers with prompts")
+    kl: float = Field(1.0, ge=0, description="weight of the KL divergence between the logits; 0 for none")
+    tau: float = Field(1.0, gt=0, description="its temperature")
+    align: float = Field(1.0, ge=0, description="weight of IFAlign; 0 for none")
+    attention: bool = Field(True, description="EduAttention")
+    attention_scale: float | None = Field(None, gt=0, description="its C; the root of the teacher's width, if not said")
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if not self.kl + self.align:
+            raise ValueError("with kl=0 and align=0 there is nothing to learn; set one of them above 0")
+        if self.attention and not self.kl:
+            raise ValueError("EduAttention learns through the logits; set kl above 0, or attention=false")
+        return self
+
+
+class AdaptConfig(Config):
+    """Stage 1 of ComKD-CLIP (train/adapt.py): a teacher's prompts. The values are PromptSRC's."""
+
+    teacher: Teacher
+    data: str = Field("", description="labelled images: a folder in CLIP_benchmark's layout, its split `train`")
+    classes: Literal["all", "base"] = Field("all", description="base: the first half of the classes, rounded up")
+    shots: int | None = Field(16, ge=1, description="images a class; none for all")
+    views: ViewSet = Field(ViewSet(num_ops=0), description="how the images are cropped")
+    num_tokens: int = Field(4, ge=1, description="prompts a layer, in each tower")
+    depth: int = Field(9, ge=1, description="layers with prompts")
+
+    text_l1: float = Field(25.0, ge=0, description="weight of the texts' distance to the frozen model's")
+    image_l1: float = Field(10.0, ge=0, description="weight of the images' distance to the frozen model's")
+    logits_kl: float = Field(1.0, ge=0, description="weight of the logits' divergence from the frozen model's")
+    average: bool = Field(True, description="the result is an average of epochs, Gaussian weights; else the last one")
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(8, ge=1)
+    lr: float = Field(0.005, gt=0, description="SGD with momentum; a cosine over the epochs, the first at 1e-5")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout with the same classes")
 
 
 class TrainConfig(Config):
@@ -31,6 +78,8 @@ class TrainConfig(Config):
     distill: float = Field(1.0, ge=0, le=1, description="MobileCLIP's lambda")
     feature_mse: float = Field(0.0, ge=0, description="weight of the squared distance to the teachers' features")
     dist_logit_scale: dict[str, float] = Field({}, description="a teacher's scale where it shall not be its own")
+
+    comkd: ComkdConfig | None = Field(None, description="learn as ComKD-CLIP does, from one teacher, without captions")
 
     # Optimisation: AdamW, warm-up, cosine.
     global_batch_size: int = Field(1024, ge=2, description="samples a step, of all ranks and accumulated batches")
@@ -72,11 +121,13 @@ class TrainConfig(Config):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} has to be a multiple of streams {self.streams}"
             )
+        if self.comkd and (self.feature_mse or self.text_sets):
+            raise ValueError("with comkd no text is learned from: leave out feature_mse and text_sets")
         return self
 
     @property
     def learns_from_teachers(self) -> bool:
-        return self.distill + self.feature_mse > 0
+        return self.comkd is not None or self.distill + self.feature_mse > 0
 
 
 # Knobs that a resumed run may change: none of them touches what is learned, but for how its sums are rounded.
@@ -95,6 +146,11 @@ FREE = {
     "torchcompile",
     "accum_freq",
 }
+
+
+def load_adaptation(name: str, overrides: list[str] = []) -> AdaptConfig:
+    """The `ADAPTATION` of pipelines/NAME.py, or one saved as NAME.json, as `load_training` does."""
+    return load(AdaptConfig, "ADAPTATION", name, overrides)
 
 
 def load_training(name: str, overrides: list[str] = []) -> TrainConfig:

@@ -35,7 +35,7 @@ from reinforce.shards import Sample, Shard, Status
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
-NSHARDS = "test/nshards.txt"
+NSHARDS = "nshards.txt"
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,12 +54,14 @@ class Loaded(Generic[T]):
 class EvalSet:
     """What a set asks. Opening it reads the small files; `load` reads the tars.
 
-    `prompts` are the texts of each class; None where images have captions. Raises ConfigError where something is
-    missing or contradicts itself, MissingExtra where the URL needs a package.
+    `split` stands in the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None
+    where images have captions. Raises ConfigError where something is missing or contradicts itself, MissingExtra where
+    the URL needs a package.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, split: str = "test") -> None:
         self.url = url.rstrip("/")
+        self.classnames: list[str] | None = None
         self.prompts: list[list[str]] | None = None
         self._kept: tuple[dict[str, Any], Loaded] | None = None
         if url.endswith(".tar"):
@@ -67,15 +69,20 @@ class EvalSet:
             self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = _captioned
             return
         folder = _Folder(self.url)
-        self._shards = _shards(folder)
+        self._shards = _shards(folder, split)
         kind = (folder.text(TYPE) or "classification").strip().lower()
         if kind == "retrieval":
             self._read = _captioned_by_line
         elif kind == "classification":
-            self.prompts = _prompts(folder)
+            self.classnames, self.prompts = _prompts(folder)
             self._read = partial(_labelled, num_classes=len(self.prompts))
         else:
             raise ConfigError(f"{self.url}/{TYPE}: says '{kind}'; sets of kind classification or retrieval are known")
+
+    def samples(self) -> Iterator[tuple[Sample, Any]]:
+        """Every sample undecoded, the bad ones too, and its label or its captions. Raises as `load` does."""
+        for shard in self._shards:
+            yield from self._read(shard)
 
     def load(self, preprocess_cfg: dict[str, Any]) -> Loaded:
         """The images as a student with this preprocessing sees them, 3 x H x W bytes each. The last answer is kept.
@@ -117,6 +124,7 @@ def write_classification_set(
     templates: list[str],
     samples: Iterable[tuple[str, dict[str, bytes], int]],
     samples_per_shard: int = 10_000,
+    split: str = "test",
 ) -> None:
     """A set of (key, {extension: bytes} with the image, label), in CLIP_benchmark's layout; `folder` may be a URL.
 
@@ -130,12 +138,12 @@ def write_classification_set(
     while part := list(islice(samples, samples_per_shard)):
         for key, _, label in part:
             _check_label(key, label, len(classnames))
-        path = f"{folder}/test/{num_shards}.tar"
+        path = f"{folder}/{split}/{num_shards}.tar"
         shards.write(path, ((key, parts | {"cls": str(label).encode()}) for key, parts, label in part))
         num_shards += 1
     if not num_shards:
         raise ConfigError(f"{folder}: no sample to write; a set needs at least one")
-    with fsspec.open(f"{folder}/{NSHARDS}", "w") as file:
+    with fsspec.open(f"{folder}/{split}/{NSHARDS}", "w") as file:
         file.write(f"{num_shards}\n")
 
 
@@ -167,9 +175,9 @@ class _Folder:
         return bool(self.files.exists(f"{self.path}/{name}"))
 
 
-def _shards(folder: _Folder) -> list[Shard]:
-    where = f"{folder.url}/{NSHARDS}"
-    text = folder.text(NSHARDS)
+def _shards(folder: _Folder, split: str) -> list[Shard]:
+    where = f"{folder.url}/{split}/{NSHARDS}"
+    text = folder.text(f"{split}/{NSHARDS}")
     if text is None:
         raise ConfigError(
             f"{where}: not found; an evaluation set is a folder in CLIP_benchmark's layout, or tars as 'DIR/*.tar'"
@@ -177,15 +185,16 @@ def _shards(folder: _Folder) -> list[Shard]:
     if not text.strip().isdecimal() or int(text) == 0:
         raise ConfigError(f"{where}: says '{text.strip()[:40]}'; it has to be the number of tars beside it")
     num = int(text)
-    absent = next((i for i in range(num) if not folder.exists(f"test/{i}.tar")), None)
+    absent = next((i for i in range(num) if not folder.exists(f"{split}/{i}.tar")), None)
     if absent is not None:
         raise ConfigError(f"{where}: says {num}, and {absent}.tar is not there; add it, or mend the number")
-    if folder.exists(f"test/{num}.tar"):
+    if folder.exists(f"{split}/{num}.tar"):
         raise ConfigError(f"{where}: says {num}, and {num}.tar is there as well; remove it, or mend the number")
-    return [Shard(str(i), f"{folder.url}/test/{i}.tar") for i in range(num)]
+    return [Shard(str(i), f"{folder.url}/{split}/{i}.tar") for i in range(num)]
 
 
-def _prompts(folder: _Folder) -> list[list[str]]:
+def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
+    """Names and texts of the classes."""
     classnames, templates = folder.lines(CLASSNAMES), folder.lines(TEMPLATES)
     if classnames is None:
         raise ConfigError(
@@ -198,7 +207,7 @@ def _prompts(folder: _Folder) -> list[list[str]]:
     for name, num in Counter(classnames).items():
         if num > 1:  # ImageNet's names have two missiles and two sunglasses
             log.warning("%s: %d classes are called '%s'; tied, none of them counts as right", folder.url, num, name)
-    return [[t.replace("{c}", name).replace("{}", name) for t in templates] for name in classnames]
+    return classnames, [[t.replace("{c}", name).replace("{}", name) for t in templates] for name in classnames]
 
 
 def _check_classes(folder: str, classnames: list[str], templates: list[str]) -> None:

@@ -1,14 +1,19 @@
 """What a step minimises: the student with its heads, the loss of a batch, and the gradients of a step in pieces."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from train import students
 from train.config import TrainConfig
+from train.evalsets import EvalSet
+from train.evaluate import Metrics, evaluate
 from train.loader import Batch
 from train.losses import FeatureHeads, TeacherPairs, feature_mse, pair_losses
 from train.sources import TeacherFacts
@@ -18,28 +23,75 @@ Outputs = dict[str, Tensor]
 
 
 class Trainee(nn.Module):
-    """A student in training: pixels and tokens in, unit features out, and its guesses of the teachers' features."""
+    """A student in training. Subclasses say what comes out of it, what is lost, how it is scored and how it is kept."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, student: Student, teachers: dict[str, TeacherFacts], config: TrainConfig) -> None:
+    def __init__(self, student: Student, config: TrainConfig) -> None:
         super().__init__()
+        self.student, self.precision = student, config.precision
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(student.preprocess_cfg[name]).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    @abstractmethod
+    def lasting(self) -> nn.Module:
+        """The weights that are averaged and that outlive the training."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, tokens: Tensor | None) -> Outputs:
+        """`images` uint8 (B, H, W, 3), `tokens` (S x B, T), one text set after the other, or none. Of the
+        outputs `logit_scale` is (), those named image.. are (B, D), all others (S x B, D)."""
+
+    @abstractmethod
+    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and its parts."""
+
+    @abstractmethod
+    def evaluate(self, sets: Mapping[str, EvalSet]) -> dict[str, Metrics]: ...
+
+    @abstractmethod
+    def save(self, folder: Path) -> None: ...
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+
+    def autocast(self, images: Tensor) -> AbstractContextManager[Any]:
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "amp_bf16")
+
+
+class ClipTrainee(Trainee):
+    """Pixels and tokens in, unit features out, and the student's guesses of the teachers' features."""
+
+    def __init__(self, student: Student, teachers: dict[str, TeacherFacts], config: TrainConfig) -> None:
+        super().__init__(student, config)
         self.model = student.model
-        self.precision = config.precision
+        self.teachers, self.config = teachers, config
         widths = {name: facts.width for name, facts in teachers.items()} if config.feature_mse else {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.heads = FeatureHeads(_width(student), widths)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(student.preprocess_cfg[name]).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Outputs:
-        """`images` uint8 (B, H, W, 3), `tokens` (S x B, T), one text set after the other -> `image` (B, D), `text`
-        (S x B, D), `logit_scale` (), and `image/TEACHER`, `text/TEACHER` where features are matched."""
-        pixels = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "amp_bf16"):
-            out = self.model(pixels, tokens)
+    @property
+    def lasting(self) -> nn.Module:
+        model: nn.Module = self.model
+        return model
+
+    def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return batch_loss(outputs, batch, self.teachers, self.config)
+
+    def evaluate(self, sets: Mapping[str, EvalSet]) -> dict[str, Metrics]:
+        return evaluate(self.student, sets, precision=self.precision)
+
+    def save(self, folder: Path) -> None:
+        students.save(self.student, folder)
+
+    def forward(self, images: Tensor, tokens: Tensor | None) -> Outputs:
+        """`image` (B, D), `text` (S x B, D), `logit_scale` (), and `image/TEACHER`, `text/TEACHER` where features are
+        matched."""
+        with self.autocast(images):
+            out = self.model(self.pixels(images), tokens)
             image, text = out["image_features"].float(), out["text_features"].float()
             outputs = {"image": image, "text": text, "logit_scale": out["logit_scale"]}
             for side, features in (("image", image), ("text", text)):
@@ -124,7 +176,7 @@ def backward(
 
 
 def _forward(trainee: Any, batch: Batch) -> Outputs:
-    outputs: Outputs = trainee(batch.images, torch.cat(list(batch.tokens.values())))
+    outputs: Outputs = trainee(batch.images, torch.cat(list(batch.tokens.values())) if batch.tokens else None)
     return outputs
 
 

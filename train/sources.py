@@ -90,9 +90,12 @@ class StoreSource:
         if view_set is None:
             raise ConfigError(f"{store.url} has no view set '{config.view_set}'; it has {', '.join(recipe.view_sets)}")
         self._num_views = view_set.num_views
-        self._num_captions = {ORIGINAL: recipe.num_original_captions}
+        self._num_captions = {ORIGINAL: recipe.num_original_captions} if recipe.num_original_captions else {}
         self._num_captions |= {name: captioner.num_captions for name, captioner in recipe.captioners.items()}
-        self.text_sets = _some(config.text_sets, list(self._num_captions), "text set", store.url)
+        asked_texts = [] if config.comkd else config.text_sets
+        self.text_sets = _some(asked_texts, list(self._num_captions), "text set", store.url)
+        if not self.text_sets and not config.comkd:
+            raise ConfigError(f"{store.url} holds no captions, and CLIP training needs some; only comkd does without")
         names = _some(config.teachers, list(recipe.teachers), "teacher", store.url)
         said = {name: manifest.models["teachers"][name] for name in names}
         _some(list(config.dist_logit_scale), names, "teacher", store.url)

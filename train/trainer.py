@@ -20,12 +20,12 @@ from reinforce.errors import ConfigError, Diverged
 from train import checkpoint, students
 from train.config import TrainConfig
 from train.evalsets import EvalSet
-from train.evaluate import evaluate
 from train.journal import Journal
 from train.loader import Batch, Loader
-from train.objective import Trainee, backward, batch_loss
+from train.objective import ClipTrainee, Trainee, backward
 from train.ranks import Ranks, joined
-from train.sources import source_of
+from train.sources import Source, source_of
+from train.students import Student
 
 REPORT = "report.json"
 _SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
@@ -56,7 +56,7 @@ class _Training:
         self.eval_sets = {name: EvalSet(url) for name, url in config.eval_sets.items()}
         self.source = source_of(config)
         self.student = students.create(config.student, config.seed)
-        self.trainee = Trainee(self.student, self.source.teachers, config).to(ranks.device)
+        self.trainee = _trainee(self.student, self.source, config, self.eval_sets).to(ranks.device)
         if config.grad_checkpointing:
             self.student.model.set_grad_checkpointing(True)
         if config.torchcompile:
@@ -64,7 +64,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(
             _groups(self.trainee, config.wd), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
         )
-        self.average = _copy(self.trainee.model) if config.ema_decay else {}
+        self.average = _copy(self.trainee.lasting) if config.ema_decay else {}
         self.loader = Loader(
             self.source,
             self.student.image_px,
@@ -133,9 +133,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.num_steps, self.config)
         seed = ((self.config.seed * 1_000_003 + step) * self.ranks.world_size + self.ranks.rank) * len(batches)
-        parts = backward(
-            module, batches, lambda out, batch: batch_loss(out, batch, self.source.teachers, self.config), seed
-        )
+        parts = backward(module, batches, self.trainee.loss, seed)
         norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.config.grad_clip_norm or math.inf)
         told = torch.stack([*parts.values(), norm.detach(), torch.tensor(float(stop), device=self.ranks.device)])
         *values, asked = self.ranks.mean(told).tolist()
@@ -145,7 +143,7 @@ class _Training:
         self.optimizer.step()
         with torch.no_grad():
             self.student.model.logit_scale.clamp_(0, math.log(100))
-            for name, tensor in self.trainee.model.state_dict().items() if self.average else ():
+            for name, tensor in self.trainee.lasting.state_dict().items() if self.average else ():
                 if tensor.is_floating_point():
                     self.average[name].lerp_(tensor, 1 - self.config.ema_decay)
                 else:
@@ -166,8 +164,8 @@ class _Training:
 
     def _evaluate(self) -> dict[str, Any]:
         """Metrics of every evaluation set, of the averaged weights where there are such."""
-        with _weights(self.trainee.model, self.average):
-            return evaluate(self.student, self.eval_sets, precision=self.config.precision)
+        with _weights(self.trainee.lasting, self.average):
+            return self.trainee.evaluate(self.eval_sets)
 
     def _save(self, step: int) -> None:
         if self.ranks.is_first:
@@ -189,10 +187,18 @@ class _Training:
             "evaluated": evaluated,
         }
         if self.ranks.is_first:
-            with _weights(self.trainee.model, self.average):
-                students.save(self.student, self.out / "student")
+            with _weights(self.trainee.lasting, self.average):
+                self.trainee.save(self.out / "student")
             (self.out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         return report
+
+
+def _trainee(student: Student, source: Source, config: TrainConfig, eval_sets: dict[str, EvalSet]) -> Trainee:
+    if config.comkd is None:
+        return ClipTrainee(student, source.teachers, config)
+    from train.distilled import ComkdTrainee
+
+    return ComkdTrainee(student, source.teachers, config, eval_sets)
 
 
 def _check_split(config: TrainConfig, ranks: Ranks) -> None:
