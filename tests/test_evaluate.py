@@ -21,7 +21,7 @@ from train.evalsets import EvalSet, write_classification_set
 from train.students import Student
 
 CLASSES = ["cat", "dog", "red {fox}"]
-TEMPLATES = ["a photo of a {c}.", "{} and nothing else"]
+TEMPLATES = ["a photo of a {c}.", "{} and {nothing} else"]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def classification_set(folder: Path, num: int = 6) -> str:
 def test_a_set_comes_back_as_it_was_written(student: Student, tmp_path: Path) -> None:
     eval_set = EvalSet(classification_set(tmp_path))
     assert eval_set.prompts is not None
-    assert eval_set.prompts[2] == ["a photo of a red {fox}.", "red {fox} and nothing else"]
+    assert eval_set.prompts[2] == ["a photo of a red {fox}.", "red {fox} and {nothing} else"]
     loaded = eval_set.load(student.preprocess_cfg)
     assert (loaded.said, loaded.num_skipped) == ([0, 1, 2, 0, 1, 2], 0)
     assert {(image.dtype, tuple(image.shape)) for image in loaded.images} == {(torch.uint8, (3, 64, 64))}

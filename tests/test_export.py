@@ -1,6 +1,8 @@
 import dataclasses
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +17,11 @@ from torch import nn
 
 from reinforce import images
 from reinforce.compat import get_tokenizer, open_clip
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, MissingExtra
 from tests import tiny
 from train import export, students
 from train.students import Student
+from train.students.fold import fold
 
 SMALL = ["vit_tiny", "mamba_tiny", "mobileclip_s0_tiny"]
 LARGE = [name for name in students.names() if name not in SMALL]
@@ -121,6 +124,13 @@ def test_what_is_written_is_whole_and_described(exported: SimpleNamespace) -> No
         assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+def test_the_towers_in_onnx_are_folded(exported: SimpleNamespace) -> None:
+    folded = fold(exported.student.model)
+    convolutions = [module for module in folded.modules() if isinstance(module, nn.Conv1d | nn.Conv2d)]
+    nodes = [node for tower in ("image", "text") for node in onnx.load(exported.out / f"{tower}.onnx").graph.node]
+    assert len([node for node in nodes if node.op_type == "Conv"]) == len(convolutions)
+
+
 def checked(exported: SimpleNamespace, folder: Path) -> list[str]:
     student = frozen(exported.student)
     try:
@@ -218,6 +228,13 @@ def test_nothing_is_overwritten(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="out: is there already; export to another folder"):
         export.export(student, tmp_path / "out", *export.noise(student))
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_the_extra_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "train.export")
+    with pytest.raises(MissingExtra, match=r"onnxruntime is not installed.*'clip-reinforce\[export\]'"):
+        importlib.import_module("train.export")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 from reinforce.images import decode
-from reinforce.shards import Sample, Shard, Status, expand, read, write
+from reinforce.shards import Sample, Shard, Status, expand, read, read_parts, write
 from tests.broken import Expected, all_tars, make, members, tar
 from tests.odd import ARITHMETIC_JPEG, odd_captions
 
@@ -273,3 +273,10 @@ def test_expand_refuses(patterns: str, words: str, tars: Path) -> None:
 def test_expand_names_the_package_that_is_missing() -> None:
     with pytest.raises(MissingExtra, match="dropbox"):
         expand("dropbox://folder/a.tar")
+
+
+def test_parts_are_those_asked_for_a_copy_for_each_time_that_a_name_comes_again(tmp_path: Path) -> None:
+    path = str(tmp_path / "0.tar")
+    write(path, [("a", {"jpg": b"1", "cls": b"7", "npy": b"2"}), ("b", {"cls": b"8"}), ("b", {"cls": b"9"})])
+    parts = list(read_parts(Shard("0", path), ("jpg", "cls")))
+    assert parts == [("a", {"jpg": b"1", "cls": b"7", "npy": b""}), ("b", {"cls": b"8"}), ("b", {"cls": b"9"})]

@@ -40,8 +40,8 @@ except ImportError as error:
 
 OPSET = 20
 # Of unit vectors. The open_clip folder has to be equal bit for bit.
-ONNX_MAX_ABS_DIFF = 1e-4
-ONNX_MIN_COSINE = 0.99999
+ONNX_MAX_ABS_DIFF = 1e-5
+ONNX_MIN_COSINE = 0.999999
 BATCH_SIZE = 32
 SENTENCES = ("a photo of a cat", "two dogs on a beach at sunset", "", "a red circle, a blue square and " + 20 * "more ")
 
