@@ -1,0 +1,219 @@
+"""A training as its user sees it: a kill changes no curve, ranks agree with one process, faults get a sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reinforce.errors import ConfigError, Corrupt, Diverged
+from tests import tiny
+from tests.conftest import Reinforced
+from tests.processes import ROOT
+from train import students
+from train.config import TrainConfig
+from train.trainer import fit, lr_at
+
+WEIGHTS = "student/open_clip_model.safetensors"
+
+
+def config(made: Reinforced, **changes: object) -> TrainConfig:
+    return TrainConfig(
+        student=made.student,
+        shards=made.shards,
+        store=made.store,
+        global_batch_size=8,
+        streams=4,
+        steps=10,
+        warmup=2,
+        precision="fp32",
+        workers=0,
+        log_every_n_steps=1,
+        report_to=[],
+    ).model_copy(update=changes)
+
+
+def curve(out: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    a, b = load_file(left / WEIGHTS), load_file(right / WEIGHTS)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def command(config: TrainConfig, out: Path, folder: Path) -> list[str]:
+    recipe = folder / "training.json"
+    recipe.write_text(config.model_dump_json())
+    asked = ["--shards", config.shards, "--store", str(config.store), "--out", str(out), "--recipe", str(recipe)]
+    return ["train", "fit", *asked]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_what_a_run_leaves(reinforced: Reinforced, tmp_path: Path) -> None:
+    asked = config(reinforced, eval_sets={"own": reinforced.shards.split("::")[0]}, report_to=["tensorboard"])
+    report = fit(asked, tmp_path / "run")
+    assert report["steps"] == 10 and report["samples_seen"] == 80 and report["skipped"] == 2
+    assert 0 <= report["evaluated"]["own"]["image_to_text_r1"] <= 1
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert TrainConfig.model_validate(saved["config"]) == asked and saved["software"]["torch"]
+    assert json.loads((tmp_path / "run/report.json").read_text()) == report
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 11))
+    assert list((tmp_path / "run/tensorboard").iterdir())
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000010.safetensors"]
+    again = students.create(str(tmp_path / "run/student"), seed=9)
+    assert torch.equal(
+        again.model.state_dict()["visual.conv1.weight"], load_file(tmp_path / "run" / WEIGHTS)["visual.conv1.weight"]
+    )
+
+
+def test_it_learns(reinforced: Reinforced, tmp_path: Path) -> None:
+    fit(config(reinforced, steps=60, distill=0.5, feature_mse=1.0, lr=3e-3), tmp_path)
+    losses = [loss for _, loss in curve(tmp_path)]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+
+def test_run_again_finds_that_all_is_done(reinforced: Reinforced, tmp_path: Path) -> None:
+    first = fit(config(reinforced), tmp_path)
+    before = tiny.tree(tmp_path)
+    assert fit(config(reinforced), tmp_path) == first
+    assert tiny.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_killed_in_mid_epoch_and_resumed_it_is_the_same_curve(
+    reinforced: Reinforced, tmp_path: Path, ema_decay: float
+) -> None:
+    asked = config(reinforced, steps=40, save_every_n_steps=3, ema_decay=ema_decay, feature_mse=0.5)
+    torch.set_num_threads(1)
+    fit(asked, tmp_path / "whole")
+    run = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command(asked, run, tmp_path)], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not (run / "report.json").exists()
+    fit(asked.model_copy(update={"workers": 2}), run)
+    assert curve(run) == curve(tmp_path / "whole")
+    assert same_weights(run, tmp_path / "whole")
+
+
+def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(reinforced: Reinforced, tmp_path: Path) -> None:
+    asked = config(reinforced, steps=2000)
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command(asked, run, tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command again to go on" in told
+    (saved,) = (run / "checkpoints").iterdir()
+    assert int(saved.stem.removeprefix("step_")) == len(curve(run))
+
+
+def test_two_ranks_are_one_with_twice_the_batch(reinforced: Reinforced, tmp_path: Path) -> None:
+    """Stated tolerance: losses within 1e-4 of each other over 12 steps in float32, weights within 1e-3."""
+    asked = config(reinforced, steps=12, distill=0.5, feature_mse=0.5, accum_freq=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "-m"]
+    subprocess.run(
+        [*torchrun, *command(asked, tmp_path / "two", tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        timeout=200,
+        capture_output=True,
+    )
+    fit(asked.model_copy(update={"accum_freq": 1}), tmp_path / "one")
+    for (step, two), (_, one) in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(one, abs=1e-4), step
+    a, b = load_file(tmp_path / "two" / WEIGHTS), load_file(tmp_path / "one" / WEIGHTS)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=1e-3)
+
+
+def test_one_store_serves_many_students_untouched(reinforced: Reinforced, tmp_path: Path) -> None:
+    before = tiny.tree(reinforced.store)
+    for student in ("mamba_tiny", "mobileclip_s0_tiny", reinforced.student):
+        report = fit(config(reinforced, student=student, steps=2), tmp_path / Path(student).name)
+        assert report["metrics"]["loss"] > 0
+    assert tiny.tree(reinforced.store) == before
+
+
+def test_a_loss_that_is_no_number_stops_with_its_samples(reinforced: Reinforced, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step \d+: .*nan.*; its 8 samples, from 0000.* are listed in"):
+        fit(config(reinforced, lr=1e30, warmup=0, grad_clip_norm=None), tmp_path)
+    (path,) = tmp_path.glob("diverged_step_*")
+    assert len(json.loads(path.read_text())["keys"]) == 8
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_the_average_is_what_is_evaluated_and_kept(reinforced: Reinforced, tmp_path: Path) -> None:
+    fit(config(reinforced, ema_decay=0.5, steps=1, lr=0.1, warmup=0), tmp_path / "average")
+    fit(config(reinforced, steps=1, lr=0.1, warmup=0), tmp_path / "last")
+    start = students.create(reinforced.student, 0).model.state_dict()
+    average, last = (load_file(tmp_path / name / WEIGHTS) for name in ("average", "last"))
+    for name in ("visual.conv1.weight", "logit_scale"):
+        torch.testing.assert_close(average[name], (start[name] + last[name]) / 2)
+
+
+@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"accum_freq": 4}, {"precision": "amp_bf16"}])
+def test_how_it_is_computed_changes_rounding_only(
+    reinforced: Reinforced, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    tolerance = 0.05 if "precision" in changes else 1e-4
+    fit(config(reinforced), tmp_path / "plain")
+    fit(config(reinforced, **changes), tmp_path / "other")
+    for (_, plain), (_, other) in zip(curve(tmp_path / "plain"), curve(tmp_path / "other"), strict=True):
+        assert other == pytest.approx(plain, abs=tolerance)
+
+
+def test_the_schedule() -> None:
+    asked = TrainConfig(lr=1.0, min_lr=0.1, warmup=10)
+    assert [lr_at(step, 110, asked) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert lr_at(60, 110, asked) == pytest.approx(0.55)
+    assert lr_at(10, 110, asked) == 1.0 and lr_at(109, 110, asked) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_checkpoint_of_another_training(reinforced: Reinforced, tmp_path: Path) -> None:
+    fit(config(reinforced, steps=2), tmp_path)
+    with pytest.raises(ConfigError, match=r"lr: it was 0.001, this run asks for 0.1"):
+        fit(config(reinforced, steps=2, lr=0.1), tmp_path)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(Corrupt, match="cannot be read"):
+        fit(config(reinforced, steps=2), tmp_path)
+
+
+def test_only_the_newest_checkpoints_are_kept(reinforced: Reinforced, tmp_path: Path) -> None:
+    fit(config(reinforced, save_every_n_steps=2), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_00000008.safetensors",
+        "step_00000010.safetensors",
+    ]
+
+
+def test_ranks_and_pieces_that_do_not_divide(reinforced: Reinforced, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot share the work evenly"):
+        fit(config(reinforced, accum_freq=3), tmp_path)
+    assert not list(tmp_path.iterdir())
