@@ -3,8 +3,9 @@
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -65,6 +66,43 @@ def eval_(
             _print(classifier.load(Path(student)).evaluate(opened), json_)
         else:
             _print(evaluate(students.create(student), opened, batch_size), json_)
+
+
+@app.command()
+def export(
+    student: StudentArgument,
+    out: Annotated[Path, typer.Argument(help="folder that is written; it must not be there, or be empty")],
+    json_: JsonOption = False,
+) -> None:
+    """Write a student as an open_clip folder and as ONNX of both towers, and check that all of them agree."""
+    with errors_as_sentences():
+        from train import students
+        from train.export import export as export_student
+        from train.export import noise
+
+        created = students.create(student)
+        report = export_student(created, out, *noise(created))
+        _print(asdict(report), json_)
+    raise typer.Exit(1 if report.faults else 0)
+
+
+@app.command()
+def latency(
+    students: Annotated[list[str], typer.Argument(help="names of the table, or folders")],
+    size: Annotated[list[int], typer.Option(min=1, help="pixels a side; may be repeated")] = [256, 512],
+    batch: Annotated[list[int], typer.Option(min=1, help="images a call; may be repeated")] = [1],
+    repeats: Annotated[int, typer.Option(min=2)] = 20,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option()] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compiled", help="all of them through torch.compile")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Parameters, FLOPs and milliseconds of students, folded and warmed up, by one protocol."""
+    with errors_as_sentences():
+        from train.latency import measure, table
+
+        rows = measure(students, size, batch, repeats, device, precision, compiled)
+        print(json.dumps([asdict(row) for row in rows]) if json_ else table(rows))
 
 
 @app.command()
