@@ -1,5 +1,6 @@
 """Every form of a scan is its definition: values and gradients, in float64, to 1e-9 of the largest; long decays too."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -88,6 +89,26 @@ def test_without_kernels_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     assert (scan.selective_scan_path(device), scan.ssd_path(device, 1024)) == ("sequential", "chunks")
     assert "mamba-ssm" in scan.describe(device)
+
+
+def test_two_causal_kernels_make_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in of mamba-ssm's signature: what is its own is compared on a GPU, by benchmarks/kernels.py."""
+
+    def chunk_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size: int) -> Tensor:
+        assert b.shape == c.shape == (*x.shape[:2], 1, 3) and chunk_size == scan.CHUNK
+        return scan.ssd_causal(x, dt, a, b.squeeze(2), c.squeeze(2))
+
+    monkeypatch.setattr(scan, "kernel", lambda where: chunk_scan)
+    assert scan.ssd_path(torch.device("cuda"), 257) == "kernel"
+    args = inputs(2, 9, 2, 1.0)
+    expected = values_and_gradients(scan.ssd_product, args)
+    assert distance(values_and_gradients(scan.ssd_kernel, args), expected) < TOLERANCE
+
+
+def test_mamba_ssm_is_not_imported_without_cuda() -> None:
+    scan.ssd(*inputs(1, scan.CHUNK + 1, 1, 1.0))
+    scan.describe(torch.device("cpu"))
+    assert "mamba_ssm" not in sys.modules
 
 
 @settings(max_examples=15, deadline=None)

@@ -199,12 +199,14 @@ def test_mambavision_folds_checkpoints_and_learns() -> None:
     with torch.no_grad():
         assert torch.allclose(model.eval()(images), folded(images), atol=1e-5)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 1  # the last, which follows no convolution
-    gradients = []
+    gradients, calls = [], []
+    model.layers[0].register_forward_pre_hook(lambda *args: calls.append(model.grad_checkpointing))
     for enable in (False, True):
         model.zero_grad()
         model.set_grad_checkpointing(enable)
         model.train()(images).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
+    assert calls == [False, True, True]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients, strict=True))
     assert all(g.abs().max() > 0 for g in gradients[0])
 
