@@ -15,7 +15,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -53,7 +52,7 @@ FAMILIES: dict[str, tuple[Callable[[int, int], list[Tensor]], Form, dict[str, Fo
     "ssd": (
         ssd_inputs,
         scan.ssd_sequential,
-        {"product": scan.ssd_product, "chunks": partial(scan.ssd_chunks, chunk=64), "kernel": scan.ssd_kernel},
+        {"product": scan.ssd_product, "chunks": scan.ssd_chunks, "kernel": scan.ssd_kernel},
         {1, 2},
     ),
     "selective scan": (

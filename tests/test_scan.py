@@ -79,9 +79,10 @@ def test_float32_stays_finite_and_near_float64(strength: float, tolerance: float
 def test_ssd_takes_chunks_where_the_sequence_is_long() -> None:
     device = torch.device("cpu")
     assert [scan.ssd_path(device, length) for length in (1, scan.CHUNK, scan.CHUNK + 1)] == ["product"] * 2 + ["chunks"]
+    assert scan.ssd_path(torch.device("cuda"), 256) == "product"
     args = inputs(1, scan.CHUNK + 7, 2, 1.0)
     assert distance([scan.ssd(*args).detach()], [scan.ssd_product(*args).detach()]) < TOLERANCE
-    assert scan.describe(device) == "selective scan: sequential; ssd up to 256 tokens: product, beyond: chunks"
+    assert scan.describe(device) == "selective scan: sequential; ssd up to 64 tokens: product, beyond: chunks"
 
 
 def test_without_kernels_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +96,7 @@ def test_two_causal_kernels_make_both_directions(monkeypatch: pytest.MonkeyPatch
     """With a stand-in of mamba-ssm's signature: what is its own is compared on a GPU, by benchmarks/kernels.py."""
 
     def chunk_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size: int) -> Tensor:
-        assert b.shape == c.shape == (*x.shape[:2], 1, 3) and chunk_size == scan.CHUNK
+        assert b.shape == c.shape == (*x.shape[:2], 1, 3) and chunk_size == scan.KERNEL_CHUNK
         return scan.ssd_causal(x, dt, a, b.squeeze(2), c.squeeze(2))
 
     monkeypatch.setattr(scan, "kernel", lambda where: chunk_scan)
