@@ -1,4 +1,5 @@
-"""The only door to open_clip: `from reinforce.compat import open_clip`, which works on a CPU build of torch too.
+"""What differs from machine to machine: the device, and the only door to open_clip, `from reinforce.compat import
+open_clip`, which works on a CPU build of torch too.
 
 The torchvision wheel of the package index is linked to CUDA's torch. On a CPU torch its compiled operators silently
 do not load, and its import then fails while describing two of them. Declaring these two is enough for its pure-Python
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from reinforce.errors import MissingExtra
+from reinforce.errors import ConfigError, MissingExtra
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -48,7 +49,7 @@ except ImportError as error:
         "the trainer: pip install 'clip-reinforce[train]'"
     ) from error
 
-__all__ = ["ensure_torchvision", "get_tokenizer", "open_clip"]
+__all__ = ["ensure_torchvision", "get_tokenizer", "open_clip", "pick_device"]
 
 
 def get_tokenizer(model: str) -> Any:
@@ -60,3 +61,10 @@ def get_tokenizer(model: str) -> Any:
         if vocabulary:
             return open_clip.get_tokenizer(model, bpe_path=str(folder / vocabulary))
     return open_clip.get_tokenizer(model)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError if CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for, and torch finds none; ask for cpu, or install a CUDA torch")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

@@ -87,13 +87,6 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError if CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, and torch finds none; use --device cpu, or install a CUDA torch")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
 def _check(config: Model, random_seed: int | None) -> None:
     """What can be known to be wrong before anything is downloaded or built."""
     if config.model.startswith(SCHEMAS):

@@ -111,7 +111,7 @@ def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[st
 def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Teacher"]:
     """The teachers that are at hand and are those of the manifest; pixels alone can be compared without them."""
     try:
-        from reinforce.models import pick_device
+        from reinforce.compat import pick_device
         from reinforce.teachers import Teacher
     except MissingExtra as error:
         log.warning("cosines are left out: %s", error)

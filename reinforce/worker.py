@@ -14,11 +14,11 @@ import torch
 
 from reinforce import augment
 from reinforce.captioner import Captioner
+from reinforce.compat import pick_device
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ShardError
 from reinforce.feed import Batch, Rows, ahead, batches, views
 from reinforce.manifest import CLASSES, Manifest, class_columns, columns
-from reinforce.models import pick_device
 from reinforce.reports import ShardReport
 from reinforce.shards import Shard, Status
 from reinforce.store import Store

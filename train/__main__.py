@@ -99,9 +99,10 @@ def latency(
 ) -> None:
     """Parameters, FLOPs and milliseconds of students, folded and warmed up, by one protocol."""
     with errors_as_sentences():
+        from reinforce.compat import pick_device
         from train.latency import measure, table
 
-        rows = measure(students, size, batch, repeats, device, precision, compiled)
+        rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
         print(json.dumps([asdict(row) for row in rows]) if json_ else table(rows))
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reinforce import augment, draws, images, prompts
+from reinforce.compat import pick_device
 from reinforce.errors import ConfigError, Diverged, SampleError
-from reinforce.models import FrozenModel, pick_device
+from reinforce.models import FrozenModel
 from reinforce.prompts import Prompts
 from reinforce.shards import Sample, Status
 from train.config import AdaptConfig

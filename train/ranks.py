@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from reinforce.errors import ConfigError
+from reinforce.compat import pick_device
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Ranks:
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """Join the others where torchrun has started several. `device`: auto, cpu or cuda. Raises ConfigError."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, and torch finds none; use device=cpu, or install a CUDA torch")
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = pick_device(device).type
     rank, world_size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if kind == "cuda":
         torch.cuda.set_device(local)
