@@ -103,7 +103,8 @@ class _Adaptation:
         num_classes = len(self.classnames)
         self.num_classes = num_base(num_classes) if config.classes == "base" else num_classes
         self.samples, self.num_skipped = self._chosen(labelled)
-        self.frozen = FrozenModel(config.teacher, self.device)
+        random_seed = config.seed if config.weights == "random" else None
+        self.frozen = FrozenModel(config.teacher, self.device, random_seed)
         self.prompts = Prompts.fresh(
             self.frozen.model, config.num_tokens, config.depth, config.seed, self.frozen.tokenizer
         ).to(self.device)

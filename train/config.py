@@ -52,6 +52,9 @@ class AdaptConfig(Config):
     batch_size: int = Field(8, ge=1)
     lr: float = Field(0.005, gt=0, description="SGD with momentum; a cosine over the epochs, the first at 1e-5")
     seed: int = Field(0, ge=0)
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: a teacher without its weights, to try shapes and memory"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout with the same classes")
 

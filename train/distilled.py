@@ -36,8 +36,7 @@ class ComkdTrainee(Trainee):
     ) -> None:
         """Raises ConfigError where store, teachers, student and sets do not fit each other."""
         super().__init__(student, config)
-        if config.comkd is None or config.store is None:
-            raise ConfigError("comkd learns from a store; say which, with --store")
+        assert config.comkd and config.store  # without a store there are no teachers, which is found before
         if len(teachers) != 1:
             raise ConfigError(
                 f"comkd learns from one teacher, and {config.store} has {', '.join(teachers)}; choose: teachers=[..]"

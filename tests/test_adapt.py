@@ -1,0 +1,214 @@
+"""Stage 1 of ComKD-CLIP: prompts learn labelled images; and both stages once at full size."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from reinforce import driver
+from reinforce.config import ClassSet, Recipe, RunOptions, Teacher, ViewSet
+from reinforce.errors import ConfigError
+from reinforce.manifest import CLASSES
+from reinforce.store import Store
+from train import classifier
+from train.__main__ import app
+from train.adapt import adapt, epoch_weights, regularised_loss
+from train.config import AdaptConfig, ComkdConfig, TrainConfig
+from train.evalsets import EvalSet, write_classification_set
+from train.protocol import base_to_novel, check_classes, num_base
+from train.trainer import fit
+
+NAMES = ["hat", "shoe", "coat"]
+
+
+def labelled(folder: Path, labels: list[int], names: list[str] = NAMES) -> str:
+    """Pictures of one flat colour a class."""
+
+    def jpg(label: int, n: int) -> bytes:
+        file = io.BytesIO()
+        colour = [(200, 20 + n, 20), (20, 200, 20 + n), (20 + n, 20, 200)][label]
+        Image.new("RGB", (40 + n, 40), colour).save(file, "JPEG")
+        return file.getvalue()
+
+    for split in ("train", "test"):
+        samples = ((f"{split}-{n:02d}", {"jpg": jpg(label, n)}, label) for n, label in enumerate(labels))
+        write_classification_set(str(folder), names, ["a photo of a {}."], samples, split=split)
+    return str(folder)
+
+
+@pytest.fixture
+def asked(recipe: Recipe, tmp_path: Path) -> AdaptConfig:
+    data = labelled(tmp_path / "data", [0, 1, 2, 0, 1, 2, 0, 1])
+    return AdaptConfig(
+        teacher=recipe.teachers["vit"],
+        data=data,
+        shots=2,
+        num_tokens=2,
+        epochs=8,
+        batch_size=4,
+        lr=0.1,
+        text_l1=0,
+        image_l1=0,
+        logits_kl=0,
+        device="cpu",
+        eval_sets={"test": data},
+    )
+
+
+def test_prompts_learn_and_are_found_again(asked: AdaptConfig, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    report = adapt(asked, out)
+    assert (report["classes"], report["images"], report["skipped"]) == (3, 6, 0)
+    first = adapt(asked.model_copy(update={"epochs": 1}), tmp_path / "one.safetensors")
+    assert report["metrics"]["cross_entropy"] < first["metrics"]["cross_entropy"]
+    scores = report["evaluated"]["test"]
+    assert scores["frozen"]["num"] == scores["adapted"]["num"] == 8
+    written = out.read_bytes()
+    assert adapt(asked, out) == report and out.read_bytes() == written
+    with pytest.raises(ConfigError, match="made with other settings"):
+        adapt(asked.model_copy(update={"seed": 1}), out)
+    again = tmp_path / "again.safetensors"
+    adapt(asked, again)
+    assert all(torch.equal(tensor, load_file(again)[name]) for name, tensor in load_file(out).items())
+
+
+def test_base_classes_only(asked: AdaptConfig, tmp_path: Path) -> None:
+    """The first half, rounded up; of the other classes no image is needed."""
+    data = labelled(tmp_path / "base", [0, 1, 0])
+    report = adapt(asked.model_copy(update={"classes": "base", "data": data}), tmp_path / "p.safetensors")
+    assert (report["classes"], report["images"]) == (2, 3)  # a class with one sample gives one
+
+
+def test_regularisers_hold_the_prompts_near_the_frozen_model(asked: AdaptConfig, tmp_path: Path) -> None:
+    free = adapt(asked, tmp_path / "free.safetensors")["metrics"]
+    held = adapt(asked.model_copy(update={"text_l1": 25.0, "image_l1": 10.0}), tmp_path / "held.safetensors")["metrics"]
+    assert held["text_l1"] < free["text_l1"]
+
+
+def test_the_loss_is_the_slow_definition() -> None:
+    def units(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+    torch.manual_seed(0)
+    u, w, u0, w0, labels = units(4, 6), units(3, 6), units(4, 6), units(3, 6), torch.tensor([0, 2, 1, 1])
+    config = AdaptConfig(teacher=Teacher(model="x"), text_l1=3, image_l1=5, logits_kl=7)
+    loss, parts = regularised_loss(u, w, u0, w0, labels, 10.0, config)
+    p, p0 = ((10 * a @ b.T).softmax(-1).numpy() for a, b in ((u, w), (u0, w0)))
+    slow = {
+        "cross_entropy": -np.mean([math.log(row[label]) for row, label in zip(p, labels, strict=True)]),
+        "text_l1": np.abs((w - w0).numpy()).mean(),
+        "image_l1": np.abs((u - u0).numpy()).mean(),
+        "logits_kl": (p0 * np.log(p0 / p)).sum() / 12,
+    }
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(slow)
+    assert loss.item() == pytest.approx(sum(v * c for v, c in zip(slow.values(), (1, 3, 5, 7), strict=True)))
+
+
+def test_epochs_weigh_as_a_gaussian() -> None:
+    weights = epoch_weights(20)
+    assert sum(weights) == pytest.approx(1) and weights.index(max(weights)) == 14
+    assert weights[15] / weights[14] == pytest.approx(math.exp(-0.5))
+    assert epoch_weights(1) == [1.0] and max(epoch_weights(4)) == epoch_weights(4)[2]
+
+
+def test_wrong_requests_get_a_sentence(asked: AdaptConfig, tmp_path: Path) -> None:
+    def told(message: str, **changes) -> None:
+        with pytest.raises(ConfigError, match=message):
+            adapt(asked.model_copy(update=changes), tmp_path / "never.safetensors")
+        assert not (tmp_path / "never.safetensors").exists()
+
+    told("no good image of class 2, 'coat'", data=labelled(tmp_path / "two", [0, 1]))
+    told(r"train/nshards.txt: not found", data=str(tmp_path))
+    told("names 2 classes", eval_sets={"x": labelled(tmp_path / "few", [0, 1], NAMES[:2])})
+    told("has prompts already", teacher=asked.teacher.model_copy(update={"prompts": "p.safetensors"}))
+    told("open_clip's ViT", teacher=Teacher(model=asked.teacher.model.replace("vit", "conv")))
+
+
+def test_from_the_command_line_to_a_store(asked: AdaptConfig, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(asked.model_copy(update={"epochs": 1}).model_dump_json())
+    out = tmp_path / "p.safetensors"
+    ran = CliRunner().invoke(app, ["adapt", asked.data, "--recipe", f"{tmp_path}/a.json", "--out", str(out), "--json"])
+    assert ran.exit_code == 0 and json.loads(ran.stdout)["prompts"] == str(out)
+    recipe = Recipe(
+        name="adapted",
+        teachers={"vit": asked.teacher.model_copy(update={"prompts": str(out)}), "plain": asked.teacher},
+        view_sets={"base": ViewSet(num_views=1, view_px=32)},
+        captioners={},
+        num_original_captions=0,
+        class_sets={"kinds": ClassSet(classnames=f"{asked.data}/classnames.txt", templates=("{}.",))},
+    )
+    driver.run(f"{asked.data}/train/*.tar", str(tmp_path / "s"), recipe, RunOptions(workers="0", device="cpu"))
+    store = Store(str(tmp_path / "s"))
+    for group, column in ((CLASSES, "kinds"), ("0", "view/base")):
+        adapted, plain = (store.read(group, f"{column}/{name}").astype(np.float32) for name in ("vit", "plain"))
+        assert adapted.shape == plain.shape and np.abs(adapted - plain).max() > 0.01
+
+
+def test_base_to_novel_by_hand() -> None:
+    """Five classes: three are base. One base image is wrong among base; among all, a novel one too."""
+    assert [num_base(n) for n in (2, 5, 10)] == [1, 3, 5]
+    classes = torch.eye(5)
+    features = torch.eye(5)[[0, 1, 1, 3, 4]] + 2 * torch.eye(5)[[0, 1, 1, 0, 4]]
+    scores = base_to_novel(F.normalize(features, dim=-1), torch.tensor([0, 1, 2, 3, 4]), classes)
+    assert scores == pytest.approx({"top1": 0.6, "base": 2 / 3, "novel": 1.0, "hm": 0.8, "num": 5})
+    only = base_to_novel(torch.eye(5)[:1], torch.tensor([0]), classes)
+    assert only == {"top1": 1.0, "base": 1.0, "num": 1}
+
+
+def test_class_files_are_compared(tmp_path: Path) -> None:
+    opened = EvalSet(labelled(tmp_path / "d", [0, 1, 2]))
+    check_classes(opened, NAMES, "the store")
+    with pytest.raises(ConfigError, match="names 3 classes, and the store 2"):
+        check_classes(opened, NAMES[:2], "the store")
+    with pytest.raises(ConfigError, match="class 1 is 'shoe' there and 'coat' in the store"):
+        check_classes(opened, ["hat", "coat", "shoe"], "the store")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_full_size_takes_a_step_in_both_stages(tmp_path: Path) -> None:
+    """ViT-L/14 with 4 + 4 prompts nine layers deep, ViT-B/16 with 4 visual ones, 224 px, random weights."""
+    data = labelled(tmp_path / "data", [0, 1, 2])
+    out = tmp_path / "p.safetensors"
+    teacher = Teacher(model="ViT-L-14")
+    report = adapt(AdaptConfig(teacher=teacher, data=data, epochs=1, weights="random", device="cpu"), out)
+    assert all(map(math.isfinite, report["metrics"].values()))
+    assert {n: tuple(t.shape) for n, t in load_file(out).items()} == {"image": (9, 4, 1024), "text": (9, 4, 768)}
+    recipe = Recipe(
+        name="full",
+        teachers={"clip": teacher.model_copy(update={"prompts": str(out)})},
+        view_sets={"base": ViewSet(num_views=1)},
+        captioners={},
+        num_original_captions=0,
+        class_sets={"kinds": ClassSet(classnames=tuple(NAMES), templates=("{}.",))},
+        batch_size=3,
+        weights="random",
+    )
+    tars = f"{data}/train/*.tar"
+    driver.run(tars, str(tmp_path / "s"), recipe, RunOptions(workers="0", device="cpu"))
+    config = TrainConfig(
+        student="vit_b_16",
+        shards=tars,
+        store=str(tmp_path / "s"),
+        comkd=ComkdConfig(class_set="kinds", num_prompts=4),
+        global_batch_size=2,
+        streams=1,
+        steps=1,
+        workers=0,
+        device="cpu",
+        report_to=[],
+    )
+    metrics = fit(config, tmp_path / "run")["metrics"]
+    assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0
+    loaded = classifier.load(tmp_path / "run/student")
+    assert loaded.head.classes.shape == (3, 768) and loaded.prompts is not None
+    assert loaded.prompts.tokens["image"].shape == (9, 4, 768)
