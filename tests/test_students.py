@@ -274,6 +274,18 @@ def test_small_students_train_under_bfloat16(name: str) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("size_px", [64, 128])  # on 128 px the state spaces see 256 tokens, in chunks
+@pytest.mark.parametrize("tower", ["mamba", "mambavision"])
+def test_weights_of_bfloat16_run_without_autocast(tower: str, size_px: int) -> None:
+    exact = small_mambavision() if tower == "mambavision" else student("mamba_tiny").model.visual
+    exact = copy.deepcopy(exact).eval()
+    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = exact(images), copy.deepcopy(exact).bfloat16()(images.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert F.cosine_similarity(got.float(), expected).min() > 0.99
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_small_students_export_to_onnx(name: str, tmp_path: object) -> None:
     visual = fold(student(name).model).visual
