@@ -8,12 +8,14 @@ STORE ?= stores/samples.zarr
 RECIPE ?= sample
 WORKERS ?= 2
 SUBMIT_WORKERS ?= auto
+STUDENT ?=
+OUT ?= runs/latest
 ARGS ?=
 
 # A job runs in a folder of its own on some node: local paths have to be absolute.
 everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
-.PHONY: help setup reinforce verify info submit samples test test-slow chaos check format bench clean
+.PHONY: help setup setup-gpu reinforce train verify info submit samples test test-slow chaos check format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -26,8 +28,22 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[reinforce,train,export,dev]'
 	@touch $@
 
+setup-gpu: setup ## the CUDA kernels of mamba-ssm too, built here (needs nvcc and CUDA's torch; minutes)
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools wheel ninja einops transformers
+	@MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE $(PY) -m pip install \
+		--disable-pip-version-check --no-build-isolation --no-deps mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+
 reinforce: setup ## SHARDS='dir/{00000..00127}.tar' STORE=stores/x.zarr RECIPE=name: write the store; bare: the samples
 	@$(PY) -m reinforce run '$(SHARDS)' --store '$(STORE)' --recipe '$(RECIPE)' --workers '$(WORKERS)' $(ARGS)
+
+# Without data of one's own: the bundled samples, and beside the student what it is held to.
+train: setup ## SHARDS=.. STORE=.. STUDENT=name RECIPE=name OUT=folder: a student from a store; bare: the samples
+ifeq ($(filter command environment,$(origin SHARDS) $(origin STORE)),)
+	@$(PY) -m pipelines sample $(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
+else
+	@$(PY) -m train fit --shards '$(SHARDS)' --store '$(STORE)' --recipe '$(RECIPE)' --out '$(OUT)' \
+		$(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
+endif
 
 info: setup ## STORE=..: what a store holds
 	@$(PY) -m reinforce info '$(STORE)' $(ARGS)
@@ -60,7 +76,7 @@ format: setup ## let ruff lay out the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
 bench: setup ## every benchmark, one JSON line each
-	@for bench in coca augment slab; do $(PY) -m benchmarks.$$bench --json; done
+	@for bench in coca augment slab price kernels; do $(PY) -m benchmarks.$$bench --json; done
 
 clean: ## remove what make reinforce made from the samples
 	rm -rf stores/samples.zarr

@@ -205,7 +205,7 @@ def _check_split(config: TrainConfig, ranks: Ranks) -> None:
     world = ranks.world_size
     if config.streams % world or (config.global_batch_size // world) % config.accum_freq:
         raise ConfigError(
-            f"{world} ranks cannot share the work evenly: streams ({config.streams}) has to be a multiple of the ranks, "
+            f"{world} ranks cannot share the work evenly: streams ({config.streams}) has to be a multiple of them, "
             f"and each rank's share of global_batch_size ({config.global_batch_size}) one of accum_freq "
             f"({config.accum_freq})"
         )
