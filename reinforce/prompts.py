@@ -136,7 +136,7 @@ class Prompts(nn.Module):
 
     def _of(self, tower_name: str, layer: int, x: Tensor) -> Tensor:
         tokens: Tensor = self.tokens[tower_name][layer]
-        return tokens.to(x.dtype).expand(len(x), -1, -1)
+        return tokens.to(x.dtype).expand(x.shape[0], -1, -1)  # not len: an export would fix it
 
 
 def save(prompts: Prompts, path: Path, model: str, weights_sha256: str, about: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 

@@ -108,6 +108,19 @@ def test_a_student_learns_is_kept_and_says_the_same_when_loaded(made: Made, tmp_
     assert students.create(str(tmp_path / "a/student")).model is not None  # open_clip's folder is whole too
 
 
+@pytest.mark.parametrize("student", [None, "mamba_tiny"])
+def test_an_export_gives_the_same_logits(made: Made, tmp_path: Path, student: str | None) -> None:
+    """With prompts and without; any batch size; attention that counts."""
+    changes = {"student": student} if student else {"comkd": {"num_prompts": 2}}
+    fit(config(made, steps=2, lr=0.1, **changes), tmp_path / "a")
+    assert classifier.load(tmp_path / "a/student").head.attention.alpha.abs() > 0.01
+    ran = CliRunner().invoke(app, ["export", str(tmp_path / "a/student"), str(tmp_path / "x"), "--json"])
+    assert ran.exit_code == 0, ran.output
+    assert set(json.loads(ran.stdout)["agreement"]) == {"folder/logits", "onnx/logits"}
+    assert json.loads((tmp_path / "x/export.json").read_text())["classes"] == NAMES
+    assert (tmp_path / "x/classifier.onnx").is_file() and (tmp_path / "x" / classifier.FILE).is_file()
+
+
 def test_classify_and_eval_from_the_command_line(made: Made, tmp_path: Path) -> None:
     fit(config(made, steps=2, comkd={"num_prompts": 2}), tmp_path / "a")
     (tmp_path / "x.jpg").write_bytes(tiny.picture(3))

@@ -74,14 +74,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="folder that is written; it must not be there, or be empty")],
     json_: JsonOption = False,
 ) -> None:
-    """Write a student as an open_clip folder and as ONNX of both towers, and check that all of them agree."""
+    """Write a student as an open_clip folder and as ONNX, of both towers or of its classifier; check that all agree."""
     with errors_as_sentences():
-        from train import students
+        from train import classifier, students
         from train.export import export as export_student
-        from train.export import noise
+        from train.export import export_classifier, noise
 
-        created = students.create(student)
-        report = export_student(created, out, *noise(created))
+        if (Path(student) / classifier.FILE).is_file():
+            loaded = classifier.load(Path(student))
+            report = export_classifier(loaded, out, noise(loaded.student)[0])
+        else:
+            created = students.create(student)
+            report = export_student(created, out, *noise(created))
         _print(asdict(report), json_)
     raise typer.Exit(1 if report.faults else 0)
 

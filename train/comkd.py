@@ -58,7 +58,7 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         x, norm = self.first(features), self.norm
-        if len(x) > 1 or not self.training:
+        if not self.training or len(x) > 1:  # in this order, so that an export in eval mode takes any batch
             x = norm(x)
         else:
             x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)

@@ -3,6 +3,7 @@
     open_clip_*     config and weights as trained, the vocabulary beside them; open_clip.create_model("local-dir:OUT")
     image.onnx      images (B, 3, H, W) float32, pixel / 255 less mean, over std -> image_features (B, D), unit norm
     text.onnx       tokens (B, context_length) int64 -> text_features (B, D), unit norm
+    classifier.onnx of a student trained with comkd, in the place of the two: images -> logits (B, classes)
     export.json     preprocessing, context length, logit_scale (the multiplier), opset, versions; what the check found
 
 open_clip and timm know our architectures after `import train.students`. ONNX needs none of them; its towers are folded.
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from reinforce.errors import ConfigError, MissingExtra
 from train import students
+from train.classifier import Classifier
+from train.classifier import load as load_classifier
 from train.evaluate import embed_images, embed_texts
 from train.students import Student
 from train.students.fold import fold
@@ -71,19 +74,52 @@ def export(student: Student, out: Path, images: Sequence[Tensor], texts: Sequenc
     An export that does not agree, or was not finished, is left beside it as OUT.partial until the next one. Raises
     ConfigError where there is something at `out` already.
     """
+    partial = _beside(out)
+    # The original may be on a GPU, whose sums differ, and in the middle of a training.
+    student = replace(student, model=copy.deepcopy(student.model).cpu().eval())
+    students.save(student, partial)
+    _write_onnx(student, partial)
+    return _finished(check(student, partial, images, texts), _facts(student), partial, out)
+
+
+def export_classifier(classifier: Classifier, out: Path, images: Sequence[Tensor]) -> ExportReport:
+    """The same for a student that tells classes apart: its folder (train/classifier.py), and `classifier.onnx`.
+
+    Compared are the logits over `logit_scale`: `folder/logits`, and `onnx/logits`.
+    """
+    partial = _beside(out)
+    classifier = copy.deepcopy(classifier).cpu().eval()
+    classifier.save(partial)
+    path, student = partial / "classifier.onnx", classifier.student
+    example = torch.stack(noise(student, num_images=2)[0]).float()
+    _write_tower(_Outputs(fold(classifier), "logits"), example, path, "images", "logits")
+    pixels, scale = _pixels(student, images), classifier.model.logit_scale.exp()
+    with torch.no_grad():
+        expected, again = (c.logits(pixels) / scale for c in (classifier, load_classifier(partial)))
+        agreement = {
+            "folder/logits": _agreement(expected, again),
+            "onnx/logits": _agreement(expected, _run_onnx(path, pixels) / scale),
+        }
+    facts = _facts(student) | {"classes": classifier.names}
+    return _finished(
+        ExportReport(str(partial), len(images), 0, agreement, _faults(partial, agreement)), facts, partial, out
+    )
+
+
+def _beside(out: Path) -> Path:
+    """Where an export is written until it is whole."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out}: is there already; export to another folder, or remove it")
     partial = out.with_name(f"{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    # The original may be on a GPU, whose sums differ, and in the middle of a training.
-    student = replace(student, model=copy.deepcopy(student.model).cpu().eval())
-    students.save(student, partial)
-    _write_onnx(student, partial)
-    report = check(student, partial, images, texts)
+    return partial
+
+
+def _finished(report: ExportReport, facts: dict[str, object], partial: Path, out: Path) -> ExportReport:
     if not report.faults:
         report = replace(report, folder=str(out))
-    (partial / "export.json").write_text(json.dumps(_facts(student) | {"check": asdict(report)}, indent=1) + "\n")
+    (partial / "export.json").write_text(json.dumps(facts | {"check": asdict(report)}, indent=1) + "\n")
     if not report.faults:
         os.replace(partial, out)
     return report
@@ -102,8 +138,7 @@ def check(student: Student, folder: Path, images: Sequence[Tensor], texts: Seque
     loaded.model.eval()
     expected = {"image": embed_images(student, images, BATCH_SIZE), "text": embed_texts(student, texts, BATCH_SIZE)}
     again = {"image": embed_images(loaded, images, BATCH_SIZE), "text": embed_texts(loaded, texts, BATCH_SIZE)}
-    mean, std = (torch.tensor(student.preprocess_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    inputs = {"image": (torch.stack(list(images)).float() / 255 - mean) / std, "text": student.tokenizer(list(texts))}
+    inputs = {"image": _pixels(student, images), "text": student.tokenizer(list(texts))}
     agreement = {f"open_clip/{tower}": _agreement(expected[tower], again[tower]) for tower in expected}
     agreement |= {
         f"onnx/{tower}": _agreement(expected[tower], _run_onnx(folder / f"{tower}.onnx", inputs[tower]))
@@ -117,25 +152,42 @@ def check(student: Student, folder: Path, images: Sequence[Tensor], texts: Seque
     ]
     if loaded.preprocess_cfg != student.preprocess_cfg:
         faults.append(f"{folder}: preprocessing is {loaded.preprocess_cfg}, and was {student.preprocess_cfg}")
+    return ExportReport(str(folder), len(images), len(texts), agreement, faults + _faults(folder, agreement))
+
+
+def _pixels(student: Student, images: Sequence[Tensor]) -> Tensor:
+    mean, std = (torch.tensor(student.preprocess_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    return (torch.stack(list(images)).float() / 255 - mean) / std
+
+
+def _faults(folder: Path, agreement: dict[str, Agreement]) -> list[str]:
+    faults = []
     for name, found in agreement.items():
-        exact = name.startswith("open_clip")
+        exact = not name.startswith("onnx")
         most, least = (0.0, 0.0) if exact else (ONNX_MAX_ABS_DIFF, ONNX_MIN_COSINE)
         if not (found.max_abs_diff <= most and found.min_cosine >= least):  # nor where they are NaN
             faults.append(
-                f"{folder}: {name} embeddings differ from the student's by up to {found.max_abs_diff:.1e} "
+                f"{folder}: {name} differ from the student's by up to {found.max_abs_diff:.1e} "
                 f"(at most {most:.0e}), their cosine falls to {found.min_cosine:.6f} (at least {least})"
             )
-    return ExportReport(str(folder), len(images), len(texts), agreement, faults)
+    return faults
 
 
-class _Tower(nn.Module):
-    def __init__(self, model: nn.Module, encode: str) -> None:
+class _Outputs(nn.Module):
+    """A method of a model as a module."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
-        self.model = model
-        self.encode = encode
+        self.model, self.method = model, method
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(getattr(self.model, self.encode)(x), dim=-1)
+        out: Tensor = getattr(self.model, self.method)(x)
+        return out
+
+
+class _Tower(_Outputs):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(super().forward(x), dim=-1)
 
 
 def _write_onnx(student: Student, folder: Path) -> None:
@@ -145,20 +197,25 @@ def _write_onnx(student: Student, folder: Path) -> None:
         ("image", "images", torch.stack(images).float()),
         ("text", "tokens", student.tokenizer(texts)),
     ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporter warns of its own use of torch
-            torch.onnx.export(
-                _Tower(folded, f"encode_{tower}").eval(),
-                (example,),
-                folder / f"{tower}.onnx",
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[name],
-                output_names=[f"{tower}_features"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=False,
-                verbose=False,
-            )
+        path = folder / f"{tower}.onnx"
+        _write_tower(_Tower(folded, f"encode_{tower}"), example, path, name, f"{tower}_features")
+
+
+def _write_tower(tower: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own use of torch
+        torch.onnx.export(
+            tower.eval(),
+            (example,),
+            path,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=[output_name],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
 
 
 def _run_onnx(path: Path, inputs: Tensor) -> Tensor:
