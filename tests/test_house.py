@@ -2,13 +2,14 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 # From the top down; a room imports rooms of lower levels only.
-LEVELS = [
+REINFORCE = [
     {"__main__"},
     {"driver", "verify"},
     {"crew", "info", "replay"},
@@ -21,6 +22,19 @@ LEVELS = [
     {"config", "draws"},
     {"errors"},
 ]
+TRAIN = [
+    {"__main__"},
+    {"trainer", "export", "latency", "adapt"},
+    {"distilled", "checkpoint", "journal"},
+    {"classifier", "objective", "ranks"},
+    {"comkd", "protocol", "loader", "losses"},
+    {"evaluate", "order", "sources"},
+    {"evalsets"},
+    {"students"},
+    {"config"},
+]
+STUDENTS = [{"__init__"}, {"mamba", "mambavision", "hybrid_text", "mci"}, {"scan", "fold"}]
+HOUSE = [("reinforce", REINFORCE), ("train", TRAIN), ("train/students", STUDENTS)]
 # What `train` may see of `reinforce`: what reads a store, and the doors to open_clip and to the user.
 READER = {"errors", "config", "draws", "manifest", "shards", "images", "augment", "store", "bfloat16"}
 HEAVY = {
@@ -28,6 +42,8 @@ HEAVY = {
     "zarr": {"reinforce/store.py", "reinforce/bfloat16.py"},
     "open_clip": {"reinforce/compat.py"},
     "tarfile": {"reinforce/shards.py"},
+    "onnx": {"train/export.py"},
+    "onnxruntime": {"train/export.py"},
 }
 
 
@@ -35,6 +51,7 @@ def rooms(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
+@cache
 def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -49,17 +66,29 @@ def within(path: Path, package: str) -> set[str]:
     return {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")}
 
 
-def test_every_room_has_a_level() -> None:
-    assert {path.stem for path in rooms("reinforce")} - {"__init__"} == set().union(*LEVELS)
+def below(levels: list[set[str]], name: str) -> set[str]:
+    """The names of all lower levels."""
+    return set().union(*levels[next(i for i, names in enumerate(levels) if name in names) + 1 :])
 
 
-@pytest.mark.parametrize("path", rooms("reinforce"), ids=lambda path: path.stem)
-def test_imports_go_down_only(path: Path) -> None:
-    known = set().union(*LEVELS)
-    level = next((i for i, names in enumerate(LEVELS) if path.stem in names), 0)
-    below = set().union(*LEVELS[level + 1 :])
-    assert within(path, "reinforce") & known <= below
-    assert not imported(path) & {"train", "pipelines"}
+@pytest.mark.parametrize(("folder", "levels"), HOUSE, ids=[folder for folder, _ in HOUSE])
+def test_every_room_has_a_level_and_imports_go_down_only(folder: str, levels: list[set[str]]) -> None:
+    package, known = folder.replace("/", "."), set().union(*levels)
+    files = {path.stem: path for path in (ROOT / folder).glob("*.py")}
+    if package in ("reinforce", "train"):
+        del files["__init__"]
+    inner = {path.name for path in (ROOT / folder).iterdir() if (path / "__init__.py").exists()}
+    assert {*files, *inner} == known
+    for stem, path in files.items():
+        names = {name.removeprefix(f"{package}.").split(".")[0] for name in imported(path) if name.startswith(package)}
+        assert names & known <= below(levels, stem), path
+
+
+def test_packages_know_of_none_above_them() -> None:
+    for path in rooms("reinforce"):
+        assert not {name.split(".")[0] for name in imported(path)} & {"train", "pipelines"}, path
+    for path in rooms("train"):
+        assert "pipelines" not in {name.split(".")[0] for name in imported(path)}, path
 
 
 @pytest.mark.parametrize("path", rooms("train"), ids=lambda path: path.stem)
@@ -71,7 +100,7 @@ def test_train_sees_only_what_reads_a_store(path: Path) -> None:
 
 def test_what_reads_a_store_imports_nothing_else_of_the_writer() -> None:
     for name in READER:
-        assert within(ROOT / f"reinforce/{name}.py", "reinforce") & set().union(*LEVELS) <= READER
+        assert within(ROOT / f"reinforce/{name}.py", "reinforce") & set().union(*REINFORCE) <= READER
         assert not {n.split(".")[0] for n in imported(ROOT / f"reinforce/{name}.py")} & {"ray", "open_clip", "torch"}
 
 
@@ -79,10 +108,16 @@ def test_what_reads_a_store_imports_nothing_else_of_the_writer() -> None:
 def test_heavy_packages_have_a_room(package: str) -> None:
     users = {
         str(path.relative_to(ROOT))
-        for path in rooms("reinforce")
+        for path in [*rooms("reinforce"), *rooms("train")]
         if any(name.split(".")[0] == package for name in imported(path))
     }
     assert users == HEAVY[package]
+
+
+def test_what_loads_batches_knows_no_model() -> None:
+    for name in ("order", "sources", "loader"):
+        path = ROOT / f"train/{name}.py"
+        assert "compat" not in within(path, "reinforce") and not within(path, "train") & {"students", "objective"}
 
 
 def test_nothing_is_pickled() -> None:
