@@ -108,11 +108,9 @@ def test_a_student_learns_is_kept_and_says_the_same_when_loaded(made: Made, tmp_
     assert students.create(str(tmp_path / "a/student")).model is not None  # open_clip's folder is whole too
 
 
-@pytest.mark.parametrize("student", [None, "mamba_tiny"])
-def test_an_export_gives_the_same_logits(made: Made, tmp_path: Path, student: str | None) -> None:
-    """With prompts and without; any batch size; attention that counts."""
-    changes = {"student": student} if student else {"comkd": {"num_prompts": 2}}
-    fit(config(made, steps=2, lr=0.1, **changes), tmp_path / "a")
+def test_an_export_gives_the_same_logits(made: Made, tmp_path: Path) -> None:
+    """With prompts, with attention that counts, alone and in a batch."""
+    fit(config(made, steps=2, lr=0.1, comkd={"num_prompts": 2}), tmp_path / "a")
     assert classifier.load(tmp_path / "a/student").head.attention.alpha.abs() > 0.01
     ran = CliRunner().invoke(app, ["export", str(tmp_path / "a/student"), str(tmp_path / "x"), "--json"])
     assert ran.exit_code == 0, ran.output

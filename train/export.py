@@ -95,15 +95,15 @@ def export_classifier(classifier: Classifier, out: Path, images: Sequence[Tensor
     _write_tower(_Outputs(fold(classifier), "logits"), example, path, "images", "logits")
     pixels, scale = _pixels(student, images), classifier.model.logit_scale.exp()
     with torch.no_grad():
-        expected, again = (c.logits(pixels) / scale for c in (classifier, load_classifier(partial)))
+        loaded = load_classifier(partial)
+        expected, again = (c.logits(pixels) / scale for c in (classifier, loaded))
         agreement = {
             "folder/logits": _agreement(expected, again),
             "onnx/logits": _agreement(expected, _run_onnx(path, pixels) / scale),
         }
     facts = _facts(student) | {"classes": classifier.names}
-    return _finished(
-        ExportReport(str(partial), len(images), 0, agreement, _faults(partial, agreement)), facts, partial, out
-    )
+    faults = _changed(partial, classifier, loaded) + _faults(partial, agreement)
+    return _finished(ExportReport(str(partial), len(images), 0, agreement, faults), facts, partial, out)
 
 
 def _beside(out: Path) -> Path:
@@ -144,15 +144,19 @@ def check(student: Student, folder: Path, images: Sequence[Tensor], texts: Seque
         f"onnx/{tower}": _agreement(expected[tower], _run_onnx(folder / f"{tower}.onnx", inputs[tower]))
         for tower in expected
     }
-    weights = loaded.model.state_dict()
-    faults = [
-        f"{folder}: {name} is not as trained"
-        for name, tensor in student.model.state_dict().items()
-        if not torch.equal(tensor, weights[name])
-    ]
+    faults = _changed(folder, student.model, loaded.model)
     if loaded.preprocess_cfg != student.preprocess_cfg:
         faults.append(f"{folder}: preprocessing is {loaded.preprocess_cfg}, and was {student.preprocess_cfg}")
     return ExportReport(str(folder), len(images), len(texts), agreement, faults + _faults(folder, agreement))
+
+
+def _changed(folder: Path, trained: nn.Module, loaded: nn.Module) -> list[str]:
+    weights = loaded.state_dict()
+    return [
+        f"{folder}: {name} is not as trained"
+        for name, tensor in trained.state_dict().items()
+        if not torch.equal(tensor, weights[name])
+    ]
 
 
 def _pixels(student: Student, images: Sequence[Tensor]) -> Tensor:
@@ -163,11 +167,11 @@ def _pixels(student: Student, images: Sequence[Tensor]) -> Tensor:
 def _faults(folder: Path, agreement: dict[str, Agreement]) -> list[str]:
     faults = []
     for name, found in agreement.items():
-        exact = not name.startswith("onnx")
+        exact = name.startswith("open_clip")
         most, least = (0.0, 0.0) if exact else (ONNX_MAX_ABS_DIFF, ONNX_MIN_COSINE)
         if not (found.max_abs_diff <= most and found.min_cosine >= least):  # nor where they are NaN
             faults.append(
-                f"{folder}: {name} differ from the student's by up to {found.max_abs_diff:.1e} "
+                f"{folder}: {name} differs from the student's by up to {found.max_abs_diff:.1e} "
                 f"(at most {most:.0e}), their cosine falls to {found.min_cosine:.6f} (at least {least})"
             )
     return faults
