@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from train.loader import Batch, Loader
 from train.objective import ClipTrainee, Trainee, backward
 from train.ranks import Ranks, joined
 from train.sources import Source, source_of
-from train.students import Student
+from train.students import Student, scan
 
 REPORT = "report.json"
 _SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
@@ -88,6 +89,7 @@ class _Training:
             self.out.mkdir(parents=True, exist_ok=True)
             saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}
             (self.out / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+            print(f"{self.student.name} on {self.ranks.device}, {scan.describe(self.ranks.device)}", file=sys.stderr)
         module: Trainee | DistributedDataParallel = self.trainee
         if self.ranks.world_size > 1:
             module = DistributedDataParallel(self.trainee)
@@ -182,6 +184,7 @@ class _Training:
             "samples": self.loader.order.num_samples,
             "skipped": self.source.num_skipped,
             "device": str(self.ranks.device),
+            "scans": scan.describe(self.ranks.device),
             **journal.speed(step),
             "metrics": metrics,
             "evaluated": evaluated,
