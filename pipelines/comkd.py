@@ -16,16 +16,13 @@ A step that is done is not done again.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from reinforce.config import ClassSet, Recipe, Teacher, ViewSet
+from pipelines import steps
+from reinforce.config import ClassSet, Config, Recipe, Teacher, ViewSet
 from reinforce.errors import ConfigError
 from train.config import AdaptConfig, ComkdConfig, TrainConfig
 
@@ -61,63 +58,116 @@ def main(argv: list[str]) -> None:
         prog="python -m pipelines comkd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="folder with clothing_train and clothing_test; none: the emoji")
-    parser.add_argument("--out", type=Path, help="folder that is written (default: runs/comkd_clothing, .._emoji)")
+    parser.add_argument("--out", type=Path, help="default: runs/comkd_clothing, runs/comkd_emoji")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of a variant")
     parser.add_argument("--steps", type=int, default=PRETRAINING.steps, help="length of each training")
+    parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, one thread each")
     parser.add_argument(
         "--eval",
         action="append",
         default=[],
-        metavar="NAME=FOLDER",
-        help="another set with the same classes to test on, in CLIP_benchmark's layout; may be repeated",
+        metavar="NAME=SET",
+        help="another set with the same classes to test on, a folder in CLIP_benchmark's layout; may be repeated",
     )
-    asked = parser.parse_args(argv)
-    out = asked.out or Path("runs/comkd_clothing" if asked.data else "runs/comkd_emoji")
-    more: dict[str, str] = dict(text.partition("=")[::2] for text in asked.eval)
-    if "" in more or not all(more.values()):
-        raise ConfigError(f"--eval {' '.join(asked.eval)}: write NAME=FOLDER")
-    found = journey(asked.data, out, asked.seeds, asked.steps, more)
-    (out / "comkd.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = markdown(found)
-    (out / "comkd.md").write_text(text)
-    print(text, end="")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    out: Path = options.out or Path("runs/comkd_clothing" if options.data else "runs/comkd_emoji")
+    more = {name: url for name, _, url in (text.partition("=") for text in options.eval)}
+    if not all([*more, *more.values()]):
+        raise ConfigError(f"--eval {' '.join(options.eval)}: write NAME=SET")
+    table = _Journey(options.data, out, options.steps, options.at_once, more).run(range(1, options.seeds + 1))
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(table))
+    print(json.dumps(table) if options.json else markdown(table))
 
 
-def journey(data: Path | None, out: Path, seeds: int, steps: int, more: dict[str, str]) -> dict[str, Any]:
-    """All steps; `rows` of what it gives are scores by variant and evaluation set, a list over seeds."""
-    from pipelines import domains
+class _Journey:
+    def __init__(self, data: Path | None, out: Path, num_steps: int, at_once: int, more: Mapping[str, str]) -> None:
+        from pipelines import domains  # open_clip and webdataset: not for who reads a recipe of this file
 
-    domain = domains.of_clothing(data, out / "data") if data else domains.of_emoji(out / "data")
-    sets = {"test": str(domain.labelled)} | {name: str(folder) for name, folder in domain.shifted.items()} | more
-    captioned = PRETRAINING.model_copy(update={"steps": steps})
-    starts = {"student": captioned}
-    if data:
-        starts["teacher"] = captioned.model_copy(update={"student": TEACHER.removeprefix("local-dir:")})
-    _fit_all({name: (config, domain.captioned, None) for name, config in starts.items()}, out)
-    teacher = Teacher(model=f"local-dir:{out / 'teacher/student'}" if data else TEACHER)
-    prompts = out / "prompts.safetensors"
-    adapted = _adapt(ADAPTATION.model_copy(update={"teacher": teacher}), domain.labelled, sets, prompts)
-    images, store = f"{domain.labelled}/train/*.tar", str(out / "store.zarr")
-    _reinforce(teacher.model_copy(update={"prompts": str(prompts)}), domain.classes, images, store, out)
-    runs: dict[str, tuple[TrainConfig, str, str | None]] = {}
-    for seed in range(1, seeds + 1):
-        for variant, changes in VARIANTS.items():
-            comkd = ComkdConfig(class_set=CLASS_SET, **changes)
-            update = {"student": str(out / "student/student"), "seed": seed, "comkd": comkd, "steps": steps}
-            config = TRAINING.model_copy(update=update | {"eval_sets": sets})
-            runs[_slug(variant, seed)] = (config, images, store)
-    reports = _fit_all(runs, out)
-    rows = {"zero-shot student": {name: [scores] for name, scores in _zero_shot(out / "student/student", sets).items()}}
-    for variant in VARIANTS:
-        of_seeds = [reports[_slug(variant, seed)]["evaluated"] for seed in range(1, seeds + 1)]
-        rows[variant] = {name: [evaluated[name] for evaluated in of_seeds] for name in sets}
-    return {
-        "classes": domain.classes,
-        "steps": steps,
-        "seeds": seeds,
-        "teacher": adapted["evaluated"],
-        "rows": rows,
-    }
+        self.out, self.num_steps, self.at_once = out, num_steps, at_once
+        self.domain = domains.of_clothing(data, out / "data") if data else domains.of_emoji(out / "data")
+        self.sets = {"test": str(self.domain.labelled)}
+        self.sets |= {name: str(folder) for name, folder in self.domain.shifted.items()} | dict(more)
+        self.learns_teacher = data is not None
+        self.images, self.store = f"{self.domain.labelled}/train/*.tar", str(out / "store.zarr")
+
+    def run(self, seeds: range) -> dict[str, Any]:
+        """Every step. Of what it gives, `rows` are scores by variant and evaluation set, a list over seeds."""
+        start = PRETRAINING.model_copy(update={"steps": self.num_steps})
+        starts = {"student": start}
+        if self.learns_teacher:
+            starts["teacher"] = start.model_copy(update={"student": TEACHER.removeprefix("local-dir:")})
+        self._fit(starts, "a CLIP to start from", self.domain.captioned, None)
+        adapted = self._adapt()
+        self._reinforce()
+        begun = self.out / "student/student"
+        runs = {
+            _slug(variant, seed): TRAINING.model_copy(
+                update={"student": str(begun), "steps": self.num_steps, "seed": seed, "eval_sets": self.sets}
+                | {"comkd": ComkdConfig(class_set=CLASS_SET, **changes)}
+            )
+            for seed in seeds
+            for variant, changes in VARIANTS.items()
+        }
+        reports = self._fit(runs, "students", self.images, self.store)
+        rows = {"zero-shot student": {name: [found] for name, found in _zero_shot(begun, self.sets).items()}}
+        for variant in VARIANTS:
+            of_seeds = [reports[_slug(variant, seed)]["evaluated"] for seed in seeds]
+            rows[variant] = {name: [evaluated[name] for evaluated in of_seeds] for name in self.sets}
+        return {
+            "classes": self.domain.classes,
+            "steps": self.num_steps,
+            "seeds": len(seeds),
+            "teacher": adapted["evaluated"],
+            "rows": rows,
+        }
+
+    @property
+    def _teacher(self) -> Teacher:
+        return Teacher(model=f"local-dir:{self.out}/teacher/student" if self.learns_teacher else TEACHER)
+
+    @property
+    def _prompts(self) -> Path:
+        return self.out / "adapted/prompts.safetensors"
+
+    def _fit(
+        self, runs: Mapping[str, TrainConfig], title: str, shards: str, store: str | None
+    ) -> dict[str, dict[str, Any]]:
+        """The report of each training. Raises ConfigError where one was made before with other settings."""
+        todo = []
+        for name, config in runs.items():
+            asked = config.model_copy(update={"shards": shards, "store": store})
+            report, saved = self.out / name / "report.json", self.out / name / "config.json"
+            if report.exists() and json.loads(saved.read_text())["config"] != asked.model_dump(mode="json"):
+                raise ConfigError(f"{self.out / name} was trained with other settings; give another --out")
+            command = ["train", "fit", "--recipe", _saved(config, self.out / f"{name}.json"), "--shards", shards]
+            command += ["--out", str(self.out / name)] + (["--store", store] if store else [])
+            todo.append((report, command))
+        steps.run(todo, title, self.at_once)
+        return {name: json.loads((self.out / name / "report.json").read_text()) for name in runs}
+
+    def _adapt(self) -> dict[str, Any]:
+        from train.adapt import adapt
+
+        config = ADAPTATION.model_copy(
+            update={"teacher": self._teacher, "data": str(self.domain.labelled), "eval_sets": self.sets}
+        )
+        command = ["train", "adapt", config.data, "--recipe", _saved(config, self.out / "adapted.json")]
+        steps.run([(self._prompts, [*command, "--out", str(self._prompts)])], "prompts of the teacher")
+        return adapt(config, self._prompts)  # it is there: what it says of itself, if it was made with these settings
+
+    def _reinforce(self) -> None:
+        recipe = Recipe(
+            name="comkd",
+            teachers={"clip": self._teacher.model_copy(update={"prompts": str(self._prompts)})},
+            view_sets={"base": VIEWS},
+            captioners={},
+            num_original_captions=0,
+            class_sets={CLASS_SET: ClassSet(classnames=tuple(self.domain.classes), templates=("{}.",))},
+        )
+        command = ["reinforce", "run", self.images, "--store", self.store, "--workers", "0"]
+        steps.do([*command, "--recipe", _saved(recipe, self.out / "recipe.json")], self.out / "store.log")
 
 
 def _slug(variant: str, seed: int) -> str:
@@ -150,52 +200,6 @@ def _cell(values: list[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
-def _fit_all(runs: dict[str, tuple[TrainConfig, str, str | None]], out: Path) -> dict[str, dict[str, Any]]:
-    """The report of each training, made now or before; two at a time."""
-
-    def fit(name: str) -> dict[str, Any]:
-        config, shards, store = runs[name]
-        folder = out / name
-        asked = config.model_copy(update={"shards": shards, "store": store}).model_dump(mode="json")
-        saved = folder / "config.json"
-        if not (folder / "report.json").is_file() or json.loads(saved.read_text())["config"] != asked:
-            recipe = _saved(config, out / f"{name}.json")
-            print(f"fit {name}", flush=True)
-            _python("train", "fit", "--shards", shards, *(("--store", store) if store else ()), "--recipe", recipe,
-                    "--out", str(folder))  # fmt: skip
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        return report
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(runs, pool.map(fit, runs), strict=True))
-
-
-def _adapt(config: AdaptConfig, labelled: Path, sets: Mapping[str, str], prompts: Path) -> dict[str, Any]:
-    config = config.model_copy(update={"eval_sets": dict(sets)})
-    print("adapt", flush=True)
-    told = _python(
-        "train", "adapt", str(labelled), "--recipe", _saved(config, prompts.with_suffix(".json")), "--out",
-        str(prompts), "--json",
-    )  # fmt: skip
-    report: dict[str, Any] = json.loads(told)
-    return report
-
-
-def _reinforce(teacher: Teacher, classes: list[str], images: str, store: str, out: Path) -> None:
-    recipe = Recipe(
-        name="comkd",
-        teachers={"clip": teacher},
-        view_sets={"base": VIEWS},
-        captioners={},
-        num_original_captions=0,
-        class_sets={CLASS_SET: ClassSet(classnames=tuple(classes), templates=("{}.",))},
-    )
-    print("reinforce", flush=True)
-    _python(
-        "reinforce", "run", images, "--store", store, "--recipe", _saved(recipe, out / "recipe.json"), "--workers", "0"
-    )
-
-
 def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """The student before stage 2, with its own text tower."""
     import torch
@@ -216,22 +220,7 @@ def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, flo
     return scores
 
 
-def _saved(config: Any, path: Path) -> str:
+def _saved(config: Config, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(config.model_dump_json(indent=1) + "\n")
     return str(path)
-
-
-def _python(*arguments: str) -> str:
-    """What a command of this project prints on stdout; it runs on one thread. Raises ConfigError with its error."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-3:]
-        raise ConfigError(f"python -m {' '.join(arguments)}: {' '.join(said)}")
-    return done.stdout
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
