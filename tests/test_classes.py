@@ -59,6 +59,8 @@ def test_classes_are_stored_once_beside_uncaptioned_images(made) -> None:
             slow.append(said.mean(0) / np.linalg.norm(said.mean(0)))
         np.testing.assert_allclose(stored, np.array(slow), atol=0.01)
         np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, atol=0.01)
+        array = store.open_array(CLASSES, f"kinds/{name}")
+        assert array.attrs["rows"] == array.chunks[0] == 3
     told = info(url)
     assert told["class_sets"] == {"kinds": {"classes": 3, "templates": 2, "teachers": ["vit", "conv"]}}
     assert (told["text_sets"], told["shards"], told["missing_columns"]) == ({}, 2, [])

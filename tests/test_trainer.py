@@ -177,7 +177,15 @@ def test_the_average_is_what_is_evaluated_and_kept(reinforced: Reinforced, tmp_p
         torch.testing.assert_close(average[name], (start[name] + last[name]) / 2)
 
 
-@pytest.mark.parametrize("changes", [{"grad_checkpointing": True}, {"accum_freq": 4}, {"precision": "amp_bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grad_checkpointing": True},
+        {"accum_freq": 4},
+        {"precision": "amp_bf16"},
+        pytest.param({"torchcompile": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_how_it_is_computed_changes_rounding_only(
     reinforced: Reinforced, tmp_path: Path, changes: dict[str, Any]
 ) -> None:

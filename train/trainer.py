@@ -100,7 +100,9 @@ class _Training:
             journal.close()
 
     def _loop(self, module: Trainee | DistributedDataParallel, journal: Journal, step: int) -> dict[str, Any]:
-        evaluated: dict[str, Any] = {}
+        if step == self.num_steps and (self.out / REPORT).is_file():
+            done: dict[str, Any] = json.loads((self.out / REPORT).read_text())
+            return done
         metrics: dict[str, float] = {}
         pieces = self.loader.batches(step, self.num_steps)
         with _stop_signals() as stop_asked:
@@ -112,18 +114,14 @@ class _Training:
                 journal.step(step, metrics, wait_s)
                 step += 1
                 last = step == self.num_steps
-                every = self.config.eval_every_n_steps
-                if self.config.eval_sets and (last or (every and step % every == 0)):
-                    evaluated = self._evaluate()
-                    journal.write(step, _flat(evaluated))
                 if last or stop or step % self.config.save_every_n_steps == 0:
                     self._save(step)
                 if stop and not last:
                     raise KeyboardInterrupt
-        if not metrics and (self.out / REPORT).is_file():
-            report: dict[str, Any] = json.loads((self.out / REPORT).read_text())
-            return report
-        return self._report(step, metrics, evaluated, journal)
+                every = self.config.eval_every_n_steps
+                if every and step % every == 0 and not last:
+                    self._evaluate(step, journal)
+        return self._report(step, metrics, self._evaluate(step, journal), journal)
 
     def _step(
         self, module: Trainee | DistributedDataParallel, batches: list[Batch], step: int, stop: bool
@@ -164,10 +162,14 @@ class _Training:
             "No weight was changed by it. Lower lr or lengthen warmup; the newest checkpoint is from before"
         )
 
-    def _evaluate(self) -> dict[str, Any]:
-        """Metrics of every evaluation set, of the averaged weights where there are such."""
+    def _evaluate(self, step: int, journal: Journal) -> dict[str, Any]:
+        """Metrics of every evaluation set, of the averaged weights where there are such. The first rank's work."""
+        if not self.eval_sets or not self.ranks.is_first:
+            return {}
         with _weights(self.trainee.lasting, self.average):
-            return self.trainee.evaluate(self.eval_sets)
+            evaluated = self.trainee.evaluate(self.eval_sets)
+        journal.write(step, _flat(evaluated))
+        return evaluated
 
     def _save(self, step: int) -> None:
         if self.ranks.is_first:
