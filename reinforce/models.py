@@ -99,7 +99,7 @@ def _check(config: Model, random_seed: int | None) -> None:
     if config.model not in open_clip.list_models():
         raise ConfigError(
             f"open_clip has no model '{config.model}'; its names: "
-            "python -c 'from reinforce.compat import get_tokenizer, open_clip; print(open_clip.list_models())'"
+            "python -c 'from reinforce.compat import open_clip; print(open_clip.list_models())'"
         )
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
     if tag:

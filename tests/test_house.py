@@ -144,3 +144,18 @@ def test_every_command_of_the_readme_exists() -> None:
     modules = {name.replace(".", "/") for name in re.findall(r"python -m ([a-z_.]+)", readme)}
     for module in modules:
         assert (ROOT / f"{module}.py").exists() or (ROOT / module / "__main__.py").exists(), module
+
+
+def test_every_option_that_the_readme_types_exists() -> None:
+    import importlib
+
+    import typer
+
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    typed = re.findall(r"(?:python|torchrun[^\n]*?) -m (reinforce|train) ([a-z]+)([^\n`]*)", readme)
+    assert len(typed) > 5
+    for package, name, rest in typed:
+        commands = typer.main.get_command(importlib.import_module(f"{package}.__main__").app).commands  # type: ignore[attr-defined]
+        assert name in commands, f"python -m {package} {name}"
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"python -m {package} {name}{rest}"
