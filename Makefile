@@ -41,8 +41,8 @@ train: setup ## SHARDS=.. STORE=.. STUDENT=name RECIPE=name OUT=folder: a studen
 ifeq ($(filter command environment,$(origin SHARDS) $(origin STORE)),)
 	@$(PY) -m pipelines sample $(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
 else
-	@$(PY) -m train fit --shards '$(SHARDS)' --store '$(STORE)' --recipe '$(RECIPE)' --out '$(OUT)' \
-		$(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
+	@$(PY) -m train fit --shards '$(SHARDS)' --store '$(STORE)' --out '$(OUT)' \
+		$(if $(filter file,$(origin RECIPE)),,--recipe '$(RECIPE)') $(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
 endif
 
 info: setup ## STORE=..: what a store holds

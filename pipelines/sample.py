@@ -38,7 +38,6 @@ TRAINING = TrainConfig(
     warmup=20,
     precision="fp32",
     workers=1,
-    eval_sets={"heldout": HELDOUT},
 )
 RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
 
@@ -60,6 +59,7 @@ def main(argv: list[str]) -> None:
     command = ["reinforce", "run", SHARDS, "--store", asked.store, "--recipe", "sample", "--workers", "2"]
     steps.do(command, out / "reinforce.log")
     fit = ["train", "fit", "--recipe", "sample", "--shards", SHARDS, "--store", asked.store, "--student", asked.student]
+    fit += ["--eval", f"heldout={HELDOUT}"]
     runs = {"distilled": [], "contrastive": ["--set", "distill=0"]}
     todo = [(out / n / "report.json", [*fit, "--out", str(out / n), *more]) for n, more in runs.items()]
     steps.run(todo, f"{asked.student}, distilled and, to compare, from captions alone", at_once=2)

@@ -185,9 +185,12 @@ def load_recipe(name: str, overrides: list[str] = []) -> Recipe:
     return load(Recipe, "RECIPE", name, overrides)
 
 
-def load(kind: type[T], constant: str, name: str, overrides: list[str]) -> T:
-    """The config of this kind that pipelines/NAME.py has as `constant`, or that NAME.json holds, with overrides."""
-    if name.endswith(".json"):
+def load(kind: type[T], constant: str, name: str | None, overrides: list[str]) -> T:
+    """The config of this kind that pipelines/NAME.py has as `constant`, or that NAME.json holds, or, without a name,
+    the defaults; with overrides."""
+    if name is None:
+        tree = kind().model_dump(mode="json")
+    elif name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"recipe {name}: no such file")
@@ -199,7 +202,7 @@ def load(kind: type[T], constant: str, name: str, overrides: list[str]) -> T:
         tree = _of_pipelines(constant, name).model_dump(mode="json")
     for override in overrides:
         _override(tree, override)
-    return parse(kind, tree, f"recipe {name}")
+    return parse(kind, tree, f"recipe {name}" if name else "the request")
 
 
 def parse(kind: type[T], tree: Any, where: str) -> T:

@@ -29,7 +29,9 @@ def fit(
     out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, curves, the student")] = Path(
         "runs/latest"
     ),
-    recipe: Annotated[str, typer.Option(help="a file in pipelines/ with a TRAINING, or one saved as .json")] = "sample",
+    recipe: Annotated[
+        str | None, typer.Option(help="a file in pipelines/ with a TRAINING, or one saved as .json; defaults, if none")
+    ] = None,
     eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
     set_: SetOption = [],
     json_: JsonOption = False,

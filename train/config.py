@@ -156,8 +156,9 @@ def load_adaptation(name: str, overrides: list[str] = []) -> AdaptConfig:
     return load(AdaptConfig, "ADAPTATION", name, overrides)
 
 
-def load_training(name: str, overrides: list[str] = []) -> TrainConfig:
-    """The `TRAINING` of pipelines/NAME.py, or a TrainConfig saved as NAME.json, with `dotted.key=value` overrides.
+def load_training(name: str | None, overrides: list[str] = []) -> TrainConfig:
+    """The `TRAINING` of pipelines/NAME.py, or a TrainConfig saved as NAME.json, or the defaults, with
+    `dotted.key=value` overrides.
 
     Raises ConfigError that names the recipes or keys which come near.
     """
