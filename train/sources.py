@@ -6,6 +6,7 @@ A source has `good_rows` (shard to the rows that can be used, in the tar's order
 
 import hashlib
 import os
+import sys
 import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Protocol
 
 import fsspec
 import numpy as np
+from tqdm import tqdm
 
 from reinforce import augment, draws, images, shards
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError, StoreError
@@ -170,7 +172,7 @@ class PlainSource:
         self.text_sets = [ORIGINAL]
         self.good_rows, self._sizes, self._captions = {}, {}, {}
         self.num_skipped = 0
-        for shard in listed:
+        for shard in tqdm(listed, "looking at the tars", unit="shard", disable=not sys.stderr.isatty()):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 samples = list(pool.map(_looked_at, shards.read(shard)))
             sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)

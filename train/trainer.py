@@ -89,7 +89,12 @@ class _Training:
             self.out.mkdir(parents=True, exist_ok=True)
             saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}
             (self.out / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
-            print(f"{self.student.name} on {self.ranks.device}, {scan.describe(self.ranks.device)}", file=sys.stderr)
+            print(
+                f"{self.student.name} on {self.ranks.device} ({scan.describe(self.ranks.device)}): "
+                f"{self.loader.order.num_samples} samples, {self.source.num_skipped} left out, "
+                f"steps {step} to {self.num_steps} of {self.config.global_batch_size}",
+                file=sys.stderr,
+            )
         module: Trainee | DistributedDataParallel = self.trainee
         if self.ranks.world_size > 1:
             module = DistributedDataParallel(self.trainee)
