@@ -113,8 +113,12 @@ def test_killed_in_mid_epoch_and_resumed_it_is_the_same_curve(
     assert same_weights(run, tmp_path / "whole")
 
 
-def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(reinforced: Reinforced, tmp_path: Path) -> None:
-    asked = config(reinforced, steps=2000)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(
+    reinforced: Reinforced, tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
+    """SIGTERM to the process, as a scheduler sends it; SIGINT to it and its loader's workers, as a terminal does."""
+    asked = config(reinforced, steps=2000, workers=workers)
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", *command(asked, run, tmp_path)],
@@ -122,10 +126,14 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(reinforced: Re
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "run the same command again to go on" in told
     (saved,) = (run / "checkpoints").iterdir()
@@ -207,6 +215,9 @@ def test_a_checkpoint_of_another_training(reinforced: Reinforced, tmp_path: Path
     fit(config(reinforced, steps=2), tmp_path)
     with pytest.raises(ConfigError, match=r"lr: it was 0.001, this run asks for 0.1"):
         fit(config(reinforced, steps=2, lr=0.1), tmp_path)
+    fewer = config(reinforced, steps=2, shards=reinforced.shards.rpartition("::")[0])
+    with pytest.raises(ConfigError, match=r"shards, store: it learned from others"):
+        fit(fewer, tmp_path)
     (path,) = (tmp_path / "checkpoints").iterdir()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(Corrupt, match="cannot be read"):

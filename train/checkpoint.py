@@ -23,11 +23,12 @@ def save(
     folder: Path,
     step: int,
     config: TrainConfig,
+    data: str,
     model: nn.Module,
     optimizer: torch.optim.AdamW,
     average: dict[str, Tensor],
 ) -> Path:
-    """Write `step_N.safetensors`, the state before step N, and remove older ones."""
+    """Write `step_N.safetensors`, the state before step N, and remove older ones. `data`: the source's fingerprint."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
@@ -36,7 +37,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.safetensors"
     partial = path.with_suffix(".partial")
-    metadata = {"step": str(step), "config": config.model_dump_json()}
+    metadata = {"step": str(step), "config": config.model_dump_json(), "data": data}
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata)
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
@@ -54,6 +55,7 @@ def latest(folder: Path) -> Path | None:
 def load(
     path: Path,
     config: TrainConfig,
+    data: str,
     model: nn.Module,
     optimizer: torch.optim.AdamW,
     average: dict[str, Tensor],
@@ -62,7 +64,7 @@ def load(
 
     Raises ConfigError where it belongs to another training, Corrupt where it cannot be read.
     """
-    step, tensors = _read(path, config)
+    step, tensors = _read(path, config, data)
     model.load_state_dict(_of("model", tensors))
     for name, tensor in _of("average", tensors).items():
         average[name].copy_(tensor)
@@ -77,7 +79,7 @@ def load(
     return step
 
 
-def _read(path: Path, config: TrainConfig) -> tuple[int, dict[str, Tensor]]:
+def _read(path: Path, config: TrainConfig, data: str) -> tuple[int, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -85,6 +87,8 @@ def _read(path: Path, config: TrainConfig) -> tuple[int, dict[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise Corrupt(f"checkpoint {path} cannot be read: {error}; remove it to go on from the one before") from error
     differences = _differences(json.loads(metadata["config"]), config.model_dump(mode="json"))
+    if metadata["data"] != data:
+        differences.append("  shards, store: it learned from others, or their content has changed")
     if differences:
         raise ConfigError(
             f"{path} belongs to a training with other settings:\n" + "\n".join(differences) + "\n"

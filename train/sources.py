@@ -1,7 +1,8 @@
 """Where samples come from: tars with a store beside them, or tars alone. Both open a shard for one epoch.
 
 A source has `good_rows` (shard to the rows that can be used, in the tar's order), `num_skipped` (those that cannot),
-`teachers` (name to width and `logit_scale`) and `open(shard, epoch)`.
+`teachers` (name to width and `logit_scale`), `fingerprint` (of what it gives, wherever that lies) and
+`open(shard, epoch)`.
 """
 
 import hashlib
@@ -58,6 +59,7 @@ class Source(Protocol):
     num_skipped: int
     teachers: dict[str, TeacherFacts]
     text_sets: list[str]
+    fingerprint: str
 
     def open(self, shard: str, epoch: int) -> Opened: ...
 
@@ -113,6 +115,7 @@ class StoreSource:
             shard.name: np.flatnonzero(status == Status.GOOD) for shard, status in zip(listed, statuses, strict=True)
         }
         self.num_skipped = sum(int((status != Status.GOOD).sum()) for status in statuses)
+        self.fingerprint = _fingerprint(manifest.fingerprint, self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
         """Raises ManifestMismatch where the tar is not the one that was reinforced, NotCommitted, Corrupt."""
@@ -180,6 +183,7 @@ class PlainSource:
             self._captions[shard.name] = [captions for _, captions in samples]
             self.good_rows[shard.name] = np.flatnonzero(sizes[:, 0])
             self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
+        self.fingerprint = _fingerprint("tars alone", self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
         path = local_copy(self._shards[shard].url, self._config.cache_dir)
@@ -205,6 +209,13 @@ def local_copy(url: str, cache_dir: str | None) -> str:
         files.get_file(remote, str(partial))
         os.replace(partial, path)
     return str(path)
+
+
+def _fingerprint(whole: str, good_rows: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(whole.encode())
+    for shard, rows in good_rows.items():
+        digest.update(f";{shard};".encode() + rows.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _looked_at(sample: shards.Sample) -> tuple[tuple[int, int], tuple[str, ...]]:

@@ -84,7 +84,9 @@ class _Training:
         found = checkpoint.latest(self.out / "checkpoints")
         step = 0
         if found:
-            step = checkpoint.load(found, self.config, self.trainee, self.optimizer, self.average)
+            step = checkpoint.load(
+                found, self.config, self.source.fingerprint, self.trainee, self.optimizer, self.average
+            )
         if self.ranks.is_first:
             self.out.mkdir(parents=True, exist_ok=True)
             saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}
@@ -178,7 +180,8 @@ class _Training:
 
     def _save(self, step: int) -> None:
         if self.ranks.is_first:
-            checkpoint.save(self.out / "checkpoints", step, self.config, self.trainee, self.optimizer, self.average)
+            state = (self.trainee, self.optimizer, self.average)
+            checkpoint.save(self.out / "checkpoints", step, self.config, self.source.fingerprint, *state)
 
     def _report(
         self, step: int, metrics: dict[str, float], evaluated: dict[str, Any], journal: Journal
