@@ -23,14 +23,15 @@ VIEWS = ViewSet(num_views=10, view_px=64, scale=(0.35, 1.0), num_ops=1)
 TRAINING = TrainConfig(
     student="mamba_tiny",
     fresh_views=VIEWS,
-    global_batch_size=128,
-    steps=250,
-    warmup=25,
+    global_batch_size=64,
+    steps=320,
+    lr=7e-4,
+    warmup=20,
     precision="fp32",
     workers=1,
     report_to=[],
 )
-TEACHER = ["--student", "resnet_tiny", "--set", "distill=0", "--set", "steps=900", "--set", "warmup=50"]
+TEACHER = {"distill": 0, "global_batch_size": 128, "steps": 900, "lr": 1e-3, "warmup": 50}
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
     out: Path = options.out
     if not (out / "test/test/nshards.txt").exists():
         clothing.prepare(options.data, out, NOISES)
-    teachers = [_fit(out, f"teacher_{seed}", "clean", None, seed, TEACHER) for seed in range(NUM_TEACHERS)]
+    teacher = ["--student", "resnet_tiny", *(word for k, v in TEACHER.items() for word in ("--set", f"{k}={v}"))]
+    teachers = [_fit(out, f"teacher_{seed}", "clean", None, seed, teacher) for seed in range(NUM_TEACHERS)]
     steps.run(teachers, "teachers", options.at_once)
     recipe = out / "recipe.json"
     recipe.write_text(_recipe(out).model_dump_json(indent=1))

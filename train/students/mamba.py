@@ -152,7 +152,6 @@ class MambaEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
-        self.apply(_start)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -163,13 +162,6 @@ class MambaEncoder(nn.Module):
             x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpointing else layer(x)
         features: Tensor = self.head(self.norm(x).mean((1, 2)))
         return features
-
-
-def _start(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # The other settings are timm's: pooling, which is the mean here, and downloads, of which there are none.
