@@ -15,7 +15,7 @@ from reinforce import shards
 from reinforce.errors import ConfigError
 from train.evalsets import write_classification_set
 
-NOISE = 0.5  # share of captions that name a wrong class: who learns from them knows the classes, and not well
+NOISE = 0.2  # share of captions that name a wrong class: who learns from them knows the classes, and not well
 MIN_SAMPLES = 20  # of a Unicode block to learn from
 MAX_TEST_SAMPLES = 40  # of a block to test with: half of all emoji are of one block
 COARSE_PX = 24
