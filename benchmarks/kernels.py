@@ -58,7 +58,11 @@ FAMILIES: dict[str, tuple[Callable[[int, int], list[Tensor]], Form, dict[str, Fo
     "selective scan": (
         selective_inputs,
         scan.selective_scan_sequential,
-        {"sequential": scan.selective_scan_sequential, "kernel": scan.selective_scan},
+        {
+            "sequential": scan.selective_scan_sequential,
+            "doubling": scan.selective_scan_doubling,
+            "kernel": scan.selective_scan,
+        },
         {2, 5},
     ),
 }

@@ -82,7 +82,9 @@ def test_ssd_takes_chunks_where_the_sequence_is_long() -> None:
     assert scan.ssd_path(torch.device("cuda"), 256) == "product"
     args = inputs(1, scan.CHUNK + 7, 2, 1.0)
     assert distance([scan.ssd(*args).detach()], [scan.ssd_product(*args).detach()]) < TOLERANCE
-    assert scan.describe(device) == "selective scan: sequential; ssd up to 64 tokens: product, beyond: chunks"
+    assert scan.describe(device) == (
+        "selective scan: sequential, without gradients doubling; ssd up to 64 tokens: product, beyond: chunks"
+    )
 
 
 def test_without_kernels_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +114,12 @@ def test_mamba_ssm_is_not_imported_without_cuda() -> None:
     assert "mamba_ssm" not in sys.modules
 
 
+@pytest.mark.parametrize("form", [scan.selective_scan_sequential, scan.selective_scan_doubling])
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.booleans(), st.booleans())
-def test_selective_scan_is_its_recurrence(batch: int, length: int, gated: bool, softplus: bool) -> None:
+def test_selective_scan_is_its_recurrence(
+    form: Callable[..., Tensor], batch: int, length: int, gated: bool, softplus: bool
+) -> None:
     """Against the recurrence written for one channel and one state at a time."""
     torch.manual_seed(length)
     channels, states = 4, 3
@@ -136,7 +141,14 @@ def test_selective_scan_is_its_recurrence(batch: int, length: int, gated: bool, 
         return y * (z * torch.sigmoid(z) if gated else 1 + 0 * z)
 
     def ours(u, delta, a, b, c, skip, bias, z):  # type: ignore[no-untyped-def]
-        y = scan.selective_scan(u, delta, a, b, c, skip, z if gated else None, bias, softplus)
+        y = form(u, delta, a, b, c, skip, z if gated else None, bias, softplus)
         return y if gated else y + 0 * z
 
     assert distance(values_and_gradients(ours, args), values_and_gradients(recurrence, args)) < TOLERANCE
+
+
+def test_selective_scan_doubles_where_no_gradient_is_asked_for() -> None:
+    cpu = torch.device("cpu")
+    assert scan.selective_scan_path(cpu) == "sequential"
+    with torch.no_grad():
+        assert scan.selective_scan_path(cpu) == "doubling"

@@ -206,7 +206,7 @@ def _write_onnx(student: Student, folder: Path) -> None:
 
 
 def _write_tower(tower: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's exporter warns of its own use of torch
         torch.onnx.export(
             tower.eval(),

@@ -8,7 +8,8 @@ with a masked matrix. An image has no first pixel, so SSD here runs in both dire
 Letters: b batch, L sequence, D channels, H heads, P channels of a head, N states. Decays are computed in float32 at
 least. `selective_scan` and `ssd` take the path that `selective_scan_path` and `ssd_path` name:
 
-    selective scan   "kernel" on CUDA where mamba-ssm has it, otherwise "sequential"
+    selective scan   "kernel" on CUDA where mamba-ssm has it, otherwise "sequential" in training and, where no gradient
+                     is asked for, "doubling", which an export can hold
     ssd              "product" for as many tokens as `longest_product` says; for more, "kernel" on CUDA where
                      mamba-ssm has it, otherwise "chunks"
 
@@ -27,6 +28,7 @@ from torch import Tensor
 CHUNK = 64  # tokens; one CPU core takes 256 tokens in chunks of 64 in a fifth of the time of one product of 256
 KERNEL_CHUNK = 256  # as Mamba-2 has it
 SELECTIVE_SCAN = "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"
+PLAIN_SELECTIVE_SCAN = "sequential, without gradients doubling"
 CHUNK_SCAN = "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined"
 
 
@@ -41,7 +43,9 @@ def kernel(where: str) -> Callable[..., Any] | None:
 
 
 def selective_scan_path(device: torch.device) -> str:
-    return "kernel" if device.type == "cuda" and kernel(SELECTIVE_SCAN) else "sequential"
+    if device.type == "cuda" and kernel(SELECTIVE_SCAN):
+        return "kernel"
+    return "sequential" if torch.is_grad_enabled() else "doubling"
 
 
 def longest_product(device: torch.device) -> int:
@@ -56,11 +60,11 @@ def ssd_path(device: torch.device, length: int) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """The paths on a device, for a log: `selective scan: sequential; ssd up to 64 tokens: product, beyond: chunks`."""
+    """The paths on a device, for a log: `selective scan: kernel; ssd up to 256 tokens: product, beyond: kernel`."""
     missing = "" if device.type != "cuda" or kernel(CHUNK_SCAN) else " (mamba-ssm is not installed)"
     longest = longest_product(device)
     return (
-        f"selective scan: {selective_scan_path(device)}; "
+        f"selective scan: {'kernel' if selective_scan_path(device) == 'kernel' else PLAIN_SELECTIVE_SCAN}; "
         f"ssd up to {longest} tokens: product, beyond: {ssd_path(device, longest + 1)}{missing}"
     )
 
@@ -82,10 +86,13 @@ def selective_scan(
     before that, delta gets `delta_bias` and, if asked, softplus.
     u, delta, z (b, D, L) of one dtype; A (D, N), negative, D and delta_bias (D,), float32; B, C (b, N, L).
     """
-    if selective_scan_path(u.device) == "kernel":
-        fast: Tensor = _selective_scan_kernel(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        return fast
-    return selective_scan_sequential(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    paths = {
+        "kernel": _selective_scan_kernel,
+        "sequential": selective_scan_sequential,
+        "doubling": selective_scan_doubling,
+    }
+    y: Tensor = paths[selective_scan_path(u.device)](u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return y
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -96,7 +103,21 @@ def _selective_scan_kernel(*args: Any) -> Tensor:
     return y
 
 
-def selective_scan_sequential(
+def selective_scan_sequential(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *more: Any) -> Tensor:
+    """`selective_scan`, step by step: its definition. It holds b L D N numbers."""
+    return _selective_scan(_step_by_step, u, delta, A, B, C, *more)
+
+
+def selective_scan_doubling(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *more: Any) -> Tensor:
+    """`selective_scan` in log2(L) sweeps over all steps at once (Hillis and Steele 1986), without a loop over L.
+
+    After a sweep each step has what the 1, 3, 7, .. steps before it add. Products of decays only shrink.
+    """
+    return _selective_scan(_by_doubling, u, delta, A, B, C, *more)
+
+
+def _selective_scan(
+    states_of: Callable[[Tensor, Tensor], Tensor],
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -107,7 +128,6 @@ def selective_scan_sequential(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
 ) -> Tensor:
-    """`selective_scan`, step by step: its definition. It holds b L D N numbers."""
     wide = _wide(u.dtype)
     steps = delta.to(wide)
     if delta_bias is not None:
@@ -117,15 +137,30 @@ def selective_scan_sequential(
     steps = steps.transpose(1, 2)  # (b, L, D)
     decays = (steps.unsqueeze(-1) * A).exp()  # (b, L, D, N)
     inputs = (steps * u.to(wide).transpose(1, 2)).unsqueeze(-1) * B.to(wide).transpose(1, 2).unsqueeze(2)
-    states = [inputs[:, 0]]
-    for decay, new in zip(decays.unbind(1)[1:], inputs.unbind(1)[1:], strict=True):
-        states.append(torch.addcmul(new, decay, states[-1]))
-    y = torch.einsum("bldn,bnl->bdl", torch.stack(states, 1), C.to(wide))
+    y = torch.einsum("bldn,bnl->bdl", states_of(decays, inputs), C.to(wide))
     if D is not None:
         y = y + D.unsqueeze(-1) * u
     if z is not None:
         y = y * F.silu(z)
     return y.to(u.dtype)
+
+
+def _step_by_step(decays: Tensor, inputs: Tensor) -> Tensor:
+    states = [inputs[:, 0]]
+    for decay, new in zip(decays.unbind(1)[1:], inputs.unbind(1)[1:], strict=True):
+        states.append(torch.addcmul(new, decay, states[-1]))
+    return torch.stack(states, 1)
+
+
+def _by_doubling(decays: Tensor, inputs: Tensor) -> Tensor:
+    length, shift = inputs.shape[1], 1
+    while shift < length:
+        earlier, later = slice(None, length - shift), slice(shift, None)
+        reached = inputs[:, later] + decays[:, later] * inputs[:, earlier]
+        decays = torch.cat([decays[:, :shift], decays[:, later] * decays[:, earlier]], 1)
+        inputs = torch.cat([inputs[:, :shift], reached], 1)
+        shift *= 2
+    return inputs
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
