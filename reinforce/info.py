@@ -7,18 +7,9 @@ from typing import Any
 import numpy as np
 
 from reinforce.config import Recipe
-from reinforce.errors import StoreError
-from reinforce.manifest import CLASSES, Manifest, class_columns, columns
+from reinforce.manifest import CLASSES, class_columns, columns
 from reinforce.shards import Status
 from reinforce.store import Store
-
-
-def promised(store: Store) -> Manifest:
-    """The manifest of a store that has to exist. Raises StoreError."""
-    manifest = store.manifest()
-    if manifest is None:
-        raise StoreError(f"no store at {store.url}; make one with: python -m reinforce run SHARDS --store {store.url}")
-    return manifest
 
 
 def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
@@ -32,7 +23,7 @@ def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
 def info(url: str) -> dict[str, Any]:
     """Counts, sets, bytes and missing columns. Embeddings are counted raw (2 bytes a number) and as stored."""
     store = Store(url)
-    manifest = promised(store)
+    manifest = store.promised()
     recipe = manifest.parsed_recipe()
     quarantined: Counter[str] = Counter()
     samples = valid = total = raw = stored = 0
@@ -81,7 +72,7 @@ def info(url: str) -> dict[str, Any]:
 def quarantine(url: str) -> Iterator[dict[str, str]]:
     """Shard, key and reason of every sample that is not used."""
     store = Store(url)
-    promised(store)
+    store.promised()
     for shard in store.shards():
         if store.has(shard, "key") and store.has(shard, "status"):
             for key, status in zip(store.read(shard, "key"), store.read(shard, "status"), strict=True):

@@ -63,6 +63,15 @@ class Store:
             raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
         return Manifest.from_json(tree, self.url)
 
+    def promised(self) -> Manifest:
+        """The manifest of a store that has to exist. Raises StoreError."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise StoreError(
+                f"no store at {self.url}; make one with: python -m reinforce run SHARDS --store {self.url}"
+            )
+        return manifest
+
     def promise(self, manifest: Manifest) -> None:
         """Write the manifest of a new store, or raise ManifestMismatch if the store promises something else."""
         if self.manifest() is None:

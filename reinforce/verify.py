@@ -9,7 +9,7 @@ import numpy as np
 from reinforce import shards
 from reinforce.config import Recipe
 from reinforce.errors import ConfigError, Corrupt
-from reinforce.info import groups, promised
+from reinforce.info import groups
 from reinforce.manifest import CLASSES
 from reinforce.replay import replay
 from reinforce.shards import Status
@@ -47,7 +47,7 @@ def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto
     if num_replays and not patterns:
         raise ConfigError("--replay needs the shards the store was made from: --shards 'dir/{00000..00003}.tar'")
     store = Store(url)
-    manifest = promised(store)
+    manifest = store.promised()
     recipe = manifest.parsed_recipe()
     report = VerifyReport(url)
     for group, wanted in groups(store, recipe):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reinforce.compat import open_clip
-from reinforce.errors import ConfigError, StoreError
+from reinforce.errors import ConfigError
 from reinforce.manifest import CLASSES, class_columns
 from reinforce.prompts import Prompts
 from reinforce.store import Store
@@ -44,10 +44,7 @@ class ClassTexts:
 def class_texts(store_url: str, class_set: str, teacher: str) -> ClassTexts:
     """Those of a store. Raises ConfigError where it does not have them, StoreError where there is no store."""
     store = Store(store_url)
-    manifest = store.manifest()
-    if manifest is None:
-        raise StoreError(f"no store at {store_url}; make one with: python -m reinforce run SHARDS --store {store_url}")
-    recipe = manifest.parsed_recipe()
+    recipe = store.promised().parsed_recipe()
     if class_set not in recipe.class_sets:
         has = f"has class sets {', '.join(recipe.class_sets)}" if recipe.class_sets else "has no class texts"
         raise ConfigError(

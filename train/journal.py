@@ -38,10 +38,7 @@ class Journal:
             return
         self._wait_s += wait_s
         now = time.monotonic()
-        passed_s = max(now - self._start, 1e-9)
-        done = step + 1 - self._first
-        rate = done * self._config.global_batch_size / passed_s
-        wait = self._wait_s / passed_s
+        passed_s, rate, wait = self.speed(step + 1).values()
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {wait:.0%} waiting for data", refresh=False
         )
@@ -49,7 +46,7 @@ class Journal:
         last = step + 1 == self._num_steps
         if self._bar.disable and (now - self._last_line > _QUIET_S or last):
             self._last_line = now
-            left_s = passed_s / done * (self._num_steps - step - 1)
+            left_s = passed_s / (step + 1 - self._first) * (self._num_steps - step - 1)
             print(
                 f"step {step + 1}/{self._num_steps}, loss {metrics['loss']:.3f}, {rate:.0f} samples/s, "
                 f"{wait:.0%} waiting for data, about {left_s:.0f} s left",

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from reinforce import augment, draws, images, shards
-from reinforce.errors import ConfigError, ManifestMismatch, SampleError, StoreError
+from reinforce.errors import ConfigError, ManifestMismatch, SampleError
 from reinforce.shards import Place, Shard, Status
 from reinforce.store import Store
 from train.config import TrainConfig
@@ -85,11 +85,7 @@ class StoreSource:
     def __init__(self, store: Store, listed: list[Shard], config: TrainConfig) -> None:
         self._store, self._config = store, config
         self._shards = {shard.name: shard for shard in listed}
-        manifest = store.manifest()
-        if manifest is None:
-            raise StoreError(
-                f"no store at {store.url}; make one with: python -m reinforce run SHARDS --store {store.url}"
-            )
+        manifest = store.promised()
         recipe = manifest.parsed_recipe()
         view_set = recipe.view_sets.get(config.view_set)
         if view_set is None:
