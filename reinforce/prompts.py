@@ -10,7 +10,6 @@ The open_clip model stays as it is: the tokens come in through hooks on its modu
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reinforce import tensorfile
 from reinforce.compat import open_clip
 from reinforce.errors import ConfigError
 
@@ -141,12 +140,10 @@ class Prompts(nn.Module):
 
 def save(prompts: Prompts, path: Path, model: str, weights_sha256: str, about: dict[str, Any]) -> None:
     """One safetensors file beside the name and the digest of the frozen model; `about`: how they were made."""
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in prompts.tokens.items()}
+    tensors = {name: tensor.float() for name, tensor in prompts.tokens.items()}
     metadata = {"kind": _KIND, "model": model, "weights_sha256": weights_sha256, "about": json.dumps(about)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    tensorfile.save(tensors, path, metadata)
 
 
 def about(path: Path) -> dict[str, str]:

@@ -132,6 +132,13 @@ def test_classify_and_eval_from_the_command_line(made: Made, tmp_path: Path) -> 
     assert wrong.exit_code == 2 and "student trained with comkd" in wrong.stderr
 
 
+def test_a_student_begun_from_a_classifier_is_none_itself(made: Made, tmp_path: Path) -> None:
+    trainee(config(made)).save(tmp_path / "a")
+    students.save(students.create(str(tmp_path / "a")), tmp_path / "b")
+    of_a, of_b = ({path.name for path in (tmp_path / name).iterdir()} for name in "ab")
+    assert of_a - of_b == {classifier.FILE} and of_b <= of_a
+
+
 def test_stage_2_holds_no_teacher(made: Made, tmp_path: Path) -> None:
     """Neither its code nor its weights: what the trainee holds is the student, the parts on it and the class texts."""
     (tmp_path / "c.json").write_text(config(made, steps=1).model_dump_json())

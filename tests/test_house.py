@@ -19,7 +19,7 @@ REINFORCE = [
     {"prompts"},
     {"manifest", "reports", "images", "compat", "bfloat16", "terminal"},
     {"augment", "shards"},
-    {"config", "draws"},
+    {"config", "draws", "tensorfile"},
     {"errors"},
 ]
 TRAIN = [
@@ -95,7 +95,7 @@ def test_packages_know_of_none_above_them() -> None:
 def test_train_sees_only_what_reads_a_store(path: Path) -> None:
     # Prompts are the one part that teacher and student share; only adapting a teacher loads one.
     models = {"models"} if path.stem == "adapt" else set()
-    assert within(path, "reinforce") <= READER | {"compat", "terminal", "prompts"} | models
+    assert within(path, "reinforce") <= READER | {"compat", "terminal", "prompts", "tensorfile"} | models
 
 
 def test_what_reads_a_store_imports_nothing_else_of_the_writer() -> None:

@@ -4,15 +4,14 @@ Random numbers and the order of the data are functions of (seed, step), so that 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reinforce import tensorfile
 from reinforce.errors import ConfigError, Corrupt
 from train.config import FREE, TrainConfig
 
@@ -36,12 +35,7 @@ def save(
         tensors |= {f"{slot}/{names[parameter]}": state[slot] for slot in ("exp_avg", "exp_avg_sq", "step")}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.safetensors"
-    partial = path.with_suffix(".partial")
-    metadata = {"step": str(step), "config": config.model_dump_json(), "data": data}
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    tensorfile.save(tensors, path, {"step": str(step), "config": config.model_dump_json(), "data": data})
     for old in _all(folder)[:-KEPT]:
         old.unlink()
     return path

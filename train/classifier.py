@@ -5,7 +5,6 @@ alpha, visual prompts, the teacher's class texts and their names. Nothing of the
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reinforce import tensorfile
 from reinforce.compat import open_clip
 from reinforce.errors import ConfigError
 from reinforce.manifest import CLASSES, class_columns
@@ -122,9 +121,7 @@ class Classifier(nn.Module):
             tensors |= {f"prompts/{name}": tensor for name, tensor in self.prompts.tokens.items()}
         scale = self.head.attention.scale if self.head.attention else None
         metadata = {"classnames": json.dumps(self.names), "attention_scale": json.dumps(scale)}
-        partial = folder / f"{FILE}.partial"
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial, metadata)
-        os.replace(partial, folder / FILE)
+        tensorfile.save(tensors, folder / FILE, metadata)
 
 
 def load(folder: Path) -> Classifier:

@@ -9,15 +9,14 @@ weights as well, such as an export, is a student that goes on learning from ther
 
 import difflib
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from reinforce import tensorfile
 from reinforce.compat import get_tokenizer, open_clip
 from reinforce.errors import ConfigError
 from train.students import hybrid_text, mamba, mambavision, mci
@@ -28,6 +27,7 @@ TOWERS = (hybrid_text, mamba, mambavision, mci)
 CONFIGS = Path(__file__).parent / "configs"
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
+_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.partial", "export.json")  # in a folder, what is true of them only
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ def create(name: str, seed: int = 0) -> Student:
 
 
 def save(student: Student, folder: Path) -> None:
-    """Write a student as a folder that `create` and `open_clip.create_model("local-dir:...")` load."""
+    """Write a student as a folder that `create` and `open_clip.create_model("local-dir:...")` load.
+
+    Of the folder that it comes from goes along what is true of any weights: config, tokenizer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in student.folder.iterdir():
-        if path.name != WEIGHTS and path.is_file() and path.parent != folder:
+        of_weights = any(path.match(pattern) for pattern in _OF_WEIGHTS)
+        if path.is_file() and not of_weights and path.parent != folder:
             shutil.copyfile(path, folder / path.name)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(weights, partial)
-    os.replace(partial, folder / WEIGHTS)
+    tensorfile.save(student.model.state_dict(), folder / WEIGHTS)

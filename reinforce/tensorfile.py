@@ -1,0 +1,22 @@
+"""A safetensors file, written whole or not at all."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Tensors from any device. Under `path` stands the old file until the new one is whole; what is left of a write
+    that was cut off has `.partial` behind its name."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    partial.chmod(mode)  # as the umask says; save_file lets nobody else read
+    os.replace(partial, path)
