@@ -195,9 +195,10 @@ def load(kind: type[T], constant: str, name: str | None, overrides: list[str]) -
         if not path.is_file():
             raise ConfigError(f"recipe {name}: no such file")
         try:
-            tree = json.loads(path.read_text())
+            said = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ConfigError(f"recipe {name} is not JSON: {error}") from None
+        tree = parse(kind, said, f"recipe {name}").model_dump(mode="json")  # whole, so that all of it can be overridden
     else:
         tree = _of_pipelines(constant, name).model_dump(mode="json")
     for override in overrides:

@@ -39,9 +39,9 @@ class FrozenModel:
         self.digest = weights_digest(self.model)
         self.prompts: prompts.Prompts | None = None
         if isinstance(config, Teacher) and config.prompts:
-            self.prompts = prompts.load(Path(config.prompts), config.model, self.digest)
-            self.prompts.requires_grad_(False).to(device).attach(self.model)
-            self.digest = hashlib.sha256(f"{self.digest} {self.prompts.digest()}".encode()).hexdigest()
+            loaded = prompts.load(Path(config.prompts), config.model, self.digest)
+            self.take(loaded.requires_grad_(False).to(device))
+            self.digest = hashlib.sha256(f"{self.digest} {loaded.digest()}".encode()).hexdigest()
         self.model.eval().requires_grad_(False).to(device)
         self.tokenizer = get_tokenizer(config.model)
         self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
@@ -50,12 +50,17 @@ class FrozenModel:
             torch.tensor(self.preprocess_cfg[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std")
         )
 
+    def take(self, added: prompts.Prompts) -> None:
+        """Let both towers see prompts, and texts make room for them. Raises ConfigError where they do not fit."""
+        added.attach(self.model)
+        self.prompts = added
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on any device -> float32 (B, 3, H, W) on the model's, in the units it was trained in."""
         return (pixels.to(self.device).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """n texts -> token ids (n, T), with room for the prompts of an adapted model. Long texts are cut."""
+        """n texts -> token ids (n, T), with room for the prompts where there are some. Long texts are cut."""
         tokens: Tensor = self.tokenizer(texts)
         return self.prompts.make_room(tokens) if self.prompts else tokens
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from reinforce import driver
+from reinforce.compat import get_tokenizer
 from reinforce.config import ClassSet, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.errors import ConfigError
 from reinforce.manifest import CLASSES
@@ -79,6 +80,14 @@ def test_prompts_learn_and_are_found_again(asked: AdaptConfig, tmp_path: Path) -
     again = tmp_path / "again.safetensors"
     adapt(asked, again)
     assert all(torch.equal(tensor, load_file(again)[name]) for name, tensor in load_file(out).items())
+
+
+def test_prompts_that_have_not_moved_say_the_template(asked: AdaptConfig, tmp_path: Path) -> None:
+    """In the first layer they begin as the words "a photo of a", so that the class's name has to follow them whole."""
+    num = int(get_tokenizer(asked.teacher.model)(["a photo of a"])[0].argmax()) - 1
+    changes = {"num_tokens": num, "depth": 1, "epochs": 1, "lr": 1e-9}
+    report = adapt(asked.model_copy(update=changes), tmp_path / "p.safetensors")
+    assert report["metrics"]["text_l1"] < 1e-6
 
 
 def test_base_classes_only(asked: AdaptConfig, tmp_path: Path) -> None:

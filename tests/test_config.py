@@ -17,6 +17,12 @@ def test_recipes_load_and_survive_json(name: str, tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "r.json")) == recipe
 
 
+def test_what_a_saved_recipe_leaves_out_can_be_set(tmp_path: Path) -> None:
+    (tmp_path / "few.json").write_text('{"name": "few", "teachers": {"a": {"model": "x"}}, "captioners": {}}')
+    recipe = load_recipe(str(tmp_path / "few.json"), ["seed=3", "teachers.a.prompts=p"])
+    assert recipe.seed == 3 and recipe.teachers["a"].prompts == "p"
+
+
 def test_published_numbers() -> None:
     """FACTS 1.1 to 1.3: 30 or 10 views, 5 captions, two teachers, nucleus sampling at 0.9, length 30, at least 5."""
     recipe = load_recipe("datacompdr_12m")

@@ -108,7 +108,7 @@ class _Adaptation:
         self.prompts = Prompts.fresh(
             self.frozen.model, config.num_tokens, config.depth, config.seed, self.frozen.tokenizer
         ).to(self.device)
-        self.prompts.attach(self.frozen.model)
+        self.frozen.take(self.prompts)
 
     def run(self, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
         with self.prompts.set_aside():
