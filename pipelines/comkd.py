@@ -4,8 +4,10 @@ Command: python -m pipelines comkd [--data FOLDER]; FOLDER holds clothing_train 
          is the bundled emoji by Unicode block.
 Machine: 2 CPU cores, no GPU.
 
-1. A CLIP teacher and a CLIP student learn from captions of the domain: of clothing every fifth names a wrong class; of
-   the emoji the teacher is the bundled one.
+`ADAPTATION` and `TRAINING` are for models of any size; what the journey changes for its small ones is below them.
+
+1. A CLIP teacher and a CLIP student learn from captions of the domain, the teacher longer; of the emoji the teacher is
+   the bundled one.
 2. The teacher's prompts learn the base classes, the first half, from 16 images each (`train adapt`).
 3. The adapted teacher writes embeddings of every training image's views and the texts of all classes into a store.
 4. The student learns from the store, unlabelled images of all classes, with and without each module, by 3 seeds. What
@@ -16,6 +18,7 @@ A step that is done is not done again.
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,34 +33,26 @@ CLASS_SET = "domain"
 TEACHER = "local-dir:samples/models/teacher_vit"
 VIEWS = ViewSet(num_views=4, view_px=64, scale=(0.3, 1.0), num_ops=1)
 
-ADAPTATION = AdaptConfig(teacher=Teacher(model=TEACHER), classes="base", views=ViewSet(scale=(0.5, 1.0), num_ops=0))
-PRETRAINING = TrainConfig(
-    student="mamba_tiny",
-    fresh_views=VIEWS,
-    distill=0,
-    global_batch_size=128,
-    steps=300,
-    warmup=20,
-    precision="fp32",
-    workers=0,
-    report_to=[],
-)
-TRAINING = PRETRAINING.model_copy(
-    update={
-        "distill": 1.0,
-        "global_batch_size": 64,
-        "steps": 150,
-        "lr": 5e-4,
-        "comkd": ComkdConfig(class_set=CLASS_SET),
-    }
+GENTLE = ViewSet(view_px=64, scale=(0.5, 1.0), num_ops=0)
+
+ADAPTATION = AdaptConfig(teacher=Teacher(model=TEACHER), classes="base")
+TRAINING = TrainConfig(
+    comkd=ComkdConfig(class_set=CLASS_SET), student="mamba_small", global_batch_size=64, lr=5e-4, warmup=20
 )
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "KL only": {"align": 0.0, "attention": False},
-    "KL + IFAlign": {"attention": False},
-    "KL + EduAttention": {"align": 0.0},
-    "full": {},
+SMALL_ADAPTATION = {"num_tokens": 6, "views": GENTLE}  # our vocabulary has 6 tokens for "a photo of a", CLIP's 4
+SMALL = {"student": "mamba_tiny", "global_batch_size": 32, "precision": "fp32", "workers": 0, "report_to": []}
+STEPS = 600
+# What a CLIP to start from has in place of TRAINING's, and its length as a multiple of a student's.
+FIRST_STUDENT = SMALL | {"comkd": None, "distill": 0.0, "lr": 7e-4, "fresh_views": VIEWS}
+FIRST_TEACHER = FIRST_STUDENT | {
+    "student": TEACHER.removeprefix("local-dir:"),
+    "global_batch_size": 16,
+    "lr": 5e-4,
+    "fresh_views": GENTLE,
 }
+TEACHER_LENGTH = 8
+
 SCORES = ("base", "novel", "hm", "top1")
 
 
@@ -69,7 +64,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="default: runs/comkd_clothing, runs/comkd_emoji")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of a variant")
     parser.add_argument(
-        "--steps", type=int, default=TRAINING.steps, help="length of a training; the first take twice as many"
+        "--steps",
+        type=int,
+        default=STEPS,
+        help=f"length of a student's training, and of the one before; the teacher's is {TEACHER_LENGTH} times as long",
     )
     parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, one thread each")
     parser.add_argument(
@@ -91,6 +89,17 @@ def main(argv: list[str]) -> None:
     print(json.dumps(table) if options.json else markdown(table))
 
 
+def variants(num_classes: int) -> dict[str, dict[str, Any]]:
+    """What each row of the table changes. The last one is PromptKD's weight, 1000 for a KL over the classes' number."""
+    return {
+        "KL only": {"align": 0.0, "attention": False},
+        "KL + IFAlign": {"attention": False},
+        "KL + EduAttention": {"align": 0.0},
+        "full": {},
+        "full, PromptKD's weight": {"kl": 1000 / num_classes},
+    }
+
+
 class _Journey:
     def __init__(self, data: Path | None, out: Path, num_steps: int, at_once: int, more: Mapping[str, str]) -> None:
         from pipelines import domains  # open_clip and webdataset: not for who reads a recipe of this file
@@ -104,25 +113,26 @@ class _Journey:
 
     def run(self, seeds: range) -> dict[str, Any]:
         """Every step. Of what it gives, `rows` are scores by variant and evaluation set, a list over seeds."""
-        start = PRETRAINING.model_copy(update={"steps": 2 * self.num_steps})
-        starts = {"student": start}
+        starts = {"student": TRAINING.model_copy(update=FIRST_STUDENT | {"steps": self.num_steps})}
         if self.learns_teacher:
-            starts["teacher"] = start.model_copy(update={"student": TEACHER.removeprefix("local-dir:")})
+            length = TEACHER_LENGTH * self.num_steps
+            starts["teacher"] = TRAINING.model_copy(update=FIRST_TEACHER | {"steps": length})
         self._fit(starts, "a CLIP to start from", self.domain.captioned, None)
         adapted = self._adapt()
         self._reinforce()
         begun = self.out / "student/student"
         runs = {
             _slug(variant, seed): TRAINING.model_copy(
-                update={"student": str(begun), "steps": self.num_steps, "seed": seed, "eval_sets": self.sets}
+                update=SMALL
+                | {"student": str(begun), "steps": self.num_steps, "seed": seed, "eval_sets": self.sets}
                 | {"comkd": ComkdConfig(class_set=CLASS_SET, **changes)}
             )
             for seed in seeds
-            for variant, changes in VARIANTS.items()
+            for variant, changes in variants(len(self.domain.classes)).items()
         }
         reports = self._fit(runs, "students", self.images, self.store)
         rows = {"zero-shot student": {name: [found] for name, found in _zero_shot(begun, self.sets).items()}}
-        for variant in VARIANTS:
+        for variant in variants(len(self.domain.classes)):
             of_seeds = [reports[_slug(variant, seed)]["evaluated"] for seed in seeds]
             rows[variant] = {name: [evaluated[name] for evaluated in of_seeds] for name in self.sets}
         return {
@@ -161,7 +171,8 @@ class _Journey:
         from train.adapt import adapt
 
         config = ADAPTATION.model_copy(
-            update={"teacher": self._teacher, "data": str(self.domain.labelled), "eval_sets": self.sets}
+            update=SMALL_ADAPTATION
+            | {"teacher": self._teacher, "data": str(self.domain.labelled), "eval_sets": self.sets}
         )
         command = ["train", "adapt", config.data, "--recipe", _saved(config, self.out / "adapted.json")]
         steps.run([(self._prompts, [*command, "--out", str(self._prompts)])], "prompts of the teacher")
@@ -181,7 +192,7 @@ class _Journey:
 
 
 def _slug(variant: str, seed: int) -> str:
-    return f"{variant.lower().replace(' + ', '_').replace(' ', '_')}_{seed}"
+    return f"{re.sub('[^a-z]+', '_', variant.lower())}_{seed}"
 
 
 def markdown(found: dict[str, Any]) -> str:

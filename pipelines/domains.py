@@ -15,7 +15,6 @@ from reinforce import shards
 from reinforce.errors import ConfigError
 from train.evalsets import write_classification_set
 
-NOISE = 0.2  # share of captions that name a wrong class: who learns from them knows the classes, and not well
 MIN_SAMPLES = 20  # of a Unicode block to learn from
 MAX_TEST_SAMPLES = 40  # of a block to test with: half of all emoji are of one block
 COARSE_PX = 24
@@ -49,7 +48,7 @@ def of_clothing(source: Path, out: Path) -> Domain:
     def write() -> None:
         train = read("train")
         classes = sorted({label for _, _, label in train})
-        texts = (clothing.caption(key, label, classes, NOISE) for key, _, label in train)
+        texts = (clothing.TEMPLATE.format(label) for _, _, label in train)
         _write(out, classes, train, texts, read("test"))
 
     return _made(out, write)
