@@ -19,6 +19,7 @@ from reinforce.compat import get_tokenizer
 from reinforce.config import ClassSet, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.errors import ConfigError
 from reinforce.manifest import CLASSES
+from reinforce.models import FrozenModel
 from reinforce.store import Store
 from train import classifier
 from train.__main__ import app
@@ -160,6 +161,29 @@ def test_from_the_command_line_to_a_store(asked: AdaptConfig, tmp_path: Path) ->
     for group, column in ((CLASSES, "kinds"), ("0", "view/base")):
         adapted, plain = (store.read(group, f"{column}/{name}").astype(np.float32) for name in ("vit", "plain"))
         assert adapted.shape == plain.shape and np.abs(adapted - plain).max() > 0.01
+
+
+def test_what_is_said_of_a_teacher_holds_for_the_one_that_reinforces(asked: AdaptConfig, tmp_path: Path) -> None:
+    """Its class texts from a store, its images by the model that the store was made with."""
+    out = tmp_path / "p.safetensors"
+    said = adapt(asked, out)["evaluated"]["test"]["adapted"]
+    adapted = asked.teacher.model_copy(update={"prompts": str(out)})
+    recipe = Recipe(
+        name="adapted",
+        teachers={"vit": adapted},
+        view_sets={"base": ViewSet(num_views=1, view_px=32)},
+        captioners={},
+        num_original_captions=0,
+        class_sets={"kinds": ClassSet(classnames=tuple(NAMES), templates=("{}.",))},
+    )
+    driver.run(f"{asked.data}/train/*.tar", str(tmp_path / "s"), recipe, RunOptions(workers="0", device="cpu"))
+    model = FrozenModel(adapted, torch.device("cpu"))
+    seen = EvalSet(asked.data).load(model.preprocess_cfg)
+    pixels = model.normalise(torch.stack(list(seen.images)).permute(0, 2, 3, 1))
+    with torch.no_grad():
+        features = F.normalize(model.model.encode_image(pixels), dim=-1)
+    texts = classifier.class_texts(str(tmp_path / "s"), "kinds", "vit").features
+    assert base_to_novel(features, torch.tensor(seen.said), texts) == pytest.approx(said)
 
 
 def test_base_to_novel_by_hand() -> None:
