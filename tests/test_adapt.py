@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,6 @@ from train.adapt import adapt, epoch_weights, regularised_loss
 from train.config import AdaptConfig, ComkdConfig, TrainConfig
 from train.evalsets import EvalSet, write_classification_set
 from train.protocol import base_to_novel, check_classes, num_base
-from train.trainer import fit
 
 NAMES = ["hat", "shoe", "coat"]
 
@@ -209,7 +210,10 @@ def test_class_files_are_compared(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_full_size_takes_a_step_in_both_stages(tmp_path: Path) -> None:
-    """ViT-L/14 with 4 + 4 prompts nine layers deep, ViT-B/16 with 4 visual ones, 224 px, random weights."""
+    """ViT-L/14 with 4 + 4 prompts nine layers deep, ViT-B/16 with 4 visual ones, 224 px, random weights.
+
+    The second, a process of its own, never holds as much memory as the teacher's 428 M weights alone would take.
+    """
     data = labelled(tmp_path / "data", [0, 1, 2])
     out = tmp_path / "p.safetensors"
     teacher = Teacher(model="ViT-L-14")
@@ -236,11 +240,20 @@ def test_full_size_takes_a_step_in_both_stages(tmp_path: Path) -> None:
         global_batch_size=2,
         streams=1,
         steps=1,
+        precision="fp32",
         workers=0,
         device="cpu",
         report_to=[],
     )
-    metrics = fit(config, tmp_path / "run")["metrics"]
+    (tmp_path / "c.json").write_text(config.model_dump_json())
+    code = (
+        "import json; from pathlib import Path; from train.config import load_training; from train.trainer import fit;"
+        f"report = fit(load_training({str(tmp_path / 'c.json')!r}), Path({str(tmp_path / 'run')!r}));"
+        "peak = Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0];"
+        "print(json.dumps([report['metrics'], int(peak) * 1024]))"
+    )
+    metrics, peak_bytes = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert peak_bytes < 428e6 * 4
     assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0
     loaded = classifier.load(tmp_path / "run/student")
     assert loaded.head.classes.shape == (3, 768) and loaded.prompts is not None
