@@ -72,8 +72,8 @@ class ComkdTrainee(Trainee):
         }
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """kl x refinement + align x IFAlign; of the parts those that have a weight, and `agreement`, the share of the
-        batch for which student and teacher name the same class."""
+        """kl x refinement + align x IFAlign; of the parts those that have a weight; `agreement`, the share of the
+        batch for which student and teacher name the same class; and EduAttention's `alpha`."""
         target = batch.image_targets[self.teacher].float()
         classes = self.classifier.head.classes
         teacher_logits = self.facts.logit_scale * target @ classes.T
@@ -86,6 +86,8 @@ class ComkdTrainee(Trainee):
             parts["align"] = comkd.if_align(outputs["image/projected"], target)
             loss = loss + self.settings.align * parts["align"]
         parts["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
+        if self.classifier.head.attention:
+            parts["alpha"] = self.classifier.head.attention.alpha.clone()  # as it is before the step
         return loss, {name: value.detach() for name, value in parts.items()} | {"loss": loss.detach()}
 
     def evaluate(self, sets: Mapping[str, EvalSet]) -> dict[str, Metrics]:
