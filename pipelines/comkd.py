@@ -4,7 +4,8 @@ Command: python -m pipelines comkd [--data FOLDER]; FOLDER holds clothing_train 
          is the bundled emoji by Unicode block.
 Machine: 2 CPU cores, no GPU.
 
-`ADAPTATION` and `TRAINING` are for models of any size; what the journey changes for its small ones is below them.
+`ADAPTATION` and `TRAINING` are for models of any size; what the journey changes for its protocol and its small ones is
+below them.
 
 1. A CLIP teacher and a CLIP student learn from captions of the domain, the teacher longer; of the emoji the teacher is
    the bundled one.
@@ -35,12 +36,13 @@ VIEWS = ViewSet(num_views=4, view_px=64, scale=(0.3, 1.0), num_ops=1)
 
 GENTLE = ViewSet(view_px=64, scale=(0.5, 1.0), num_ops=0)
 
-ADAPTATION = AdaptConfig(teacher=Teacher(model=TEACHER), classes="base")
+ADAPTATION = AdaptConfig(teacher=Teacher(model=TEACHER))
 TRAINING = TrainConfig(
     comkd=ComkdConfig(class_set=CLASS_SET), student="mamba_small", global_batch_size=64, lr=5e-4, warmup=20
 )
 
-SMALL_ADAPTATION = {"num_tokens": 6, "views": GENTLE}  # our vocabulary has 6 tokens for "a photo of a", CLIP's 4
+# Our vocabulary has 6 tokens for "a photo of a", CLIP's 4.
+SMALL_ADAPTATION = {"classes": "base", "num_tokens": 6, "views": GENTLE}
 SMALL = {"student": "mamba_tiny", "global_batch_size": 32, "precision": "fp32", "workers": 0, "report_to": []}
 STEPS = 600
 # What a CLIP to start from has in place of TRAINING's, and its length as a multiple of a student's.

@@ -40,7 +40,7 @@ def test_photographs_that_are_not_there_get_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_recipe_is_one_of_both_stages() -> None:
-    assert load_adaptation("comkd").classes == "base"
+    assert load_adaptation("comkd").classes == "all"
     trained = load_training("comkd", ["comkd.align=0"])
     assert trained.comkd and not trained.comkd.align and trained.comkd.class_set == comkd.CLASS_SET
 
