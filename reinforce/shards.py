@@ -2,29 +2,26 @@
 
 The conventions are webdataset's: members that share the path up to the first dot of their base name are one sample.
 Two things are stricter. A sample that cannot be used comes out all the same, with its status, so that counts balance;
-and a tar that is not whole is an error, where tarfile takes a damaged header or a missing end for the end.
+and a tar that is not whole is an error.
 """
 
-import io
 import json
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
+from reinforce import tars
+from reinforce.errors import ConfigError, MissingExtra, SampleError
 
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
 CAPTIONS = ("txt", "json")
 _META = re.compile(r"__[^/]*__(/|$)")
-# What tarfile and the file systems below it raise on damaged or unreachable bytes; found by fuzzing.
-_TAR_FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
 
 T = TypeVar("T")
 
@@ -155,7 +152,12 @@ def read_parts(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str,
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
-    for key, copies in _groups(_members(shard, extensions)):
+
+    def wanted(path: str) -> bool:
+        name = _split(path)
+        return name is not None and name[1] in extensions
+
+    for key, copies in _groups(tars.members(shard.url, wanted)):
         for parts in copies:
             yield key, parts
 
@@ -167,7 +169,7 @@ def locate(path: str) -> list[Place]:
     """
     return [
         Place(key, *next((parts[extension] for extension in IMAGES if extension in parts), (0, 0)))
-        for key, copies in _groups(_member_places(path))
+        for key, copies in _groups(tars.places(path))
         for parts in copies
     ]
 
@@ -177,86 +179,16 @@ def write(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
 
     Raises ConfigError where a name would not come back as it is: lower-case extension, no dot in the key's last part.
     """
-    with fsspec.open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+
+    def named() -> Iterator[tuple[str, bytes]]:
         for key, parts in samples:
             for extension, data in parts.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")  # its owner and time are 0
-                if _split(member.name) != (key, extension) or "\0" in member.name:
-                    raise ConfigError(f"{path}: '{member.name}' would not be read as key '{key}' and '{extension}'")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                name = f"{key}.{extension}"
+                if _split(name) != (key, extension) or "\0" in name:
+                    raise ConfigError(f"{path}: '{name}' would not be read as key '{key}' and '{extension}'")
+                yield name, data
 
-
-class _File(io.RawIOBase):
-    """Raises where tarfile would read on and on past the end, to skip a member of absurd size."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__()
-        self.file = file
-        self.ended = False
-
-    def read(self, size: int = -1, /) -> bytes:
-        if self.ended:
-            raise tarfile.ReadError("unexpected end of data")
-        data = self.file.read(size)
-        self.ended = not data
-        return data
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header that is whole or an error; only blocks of zeros are the end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its stubs leave it out
-            raise
-        except tarfile.HeaderError:
-            if len(buf) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("it is empty or cut off: there is no end-of-archive marker") from None
-            raise tarfile.ReadError(
-                f"it holds {bytes(buf[:8])!r} where a tar header should be (not a tar, compressed, or damaged)"
-            ) from None
-
-
-def _members(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, bytes) of regular files, the bytes of `extensions` only."""
-    try:
-        with (
-            fsspec.open(shard.url, "rb") as file,
-            # UTF-8 whatever the locale; a name that is not stays a valid string, as a store needs.
-            tarfile.open(
-                fileobj=_File(file), mode="r|", tarinfo=_Header, encoding="utf-8", errors="backslashreplace"
-            ) as tar,
-        ):
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every header
-                name = _split(member.name)
-                # A sparse file of a few bytes may claim to be of any size.
-                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-                if name is not None and content is not None:
-                    yield *name, content.read() if name[1] in extensions else b""
-            tail = bytes(1 << 16)
-            while len(tail) == 1 << 16:
-                tail = tar.fileobj.read(1 << 16)
-                if tail.strip(b"\0"):
-                    raise tarfile.ReadError("there is data after its end-of-archive marker (joined tars, or a hole)")
-    except _TAR_FAULTS as error:
-        raise ShardError(f"{shard.url}: cannot be read: {error}; fetch or write it again, or leave it out") from error
-
-
-def _member_places(path: str) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """(key, extension, (offset, length)) of the members that `_members` gives."""
-    try:
-        with tarfile.open(path, mode="r:", tarinfo=_Header, encoding="utf-8", errors="backslashreplace") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every header
-                name = _split(member.name)
-                if name is not None and member.isreg() and not member.issparse():
-                    yield *name, (member.offset_data, member.size)
-    except _TAR_FAULTS as error:
-        raise ShardError(f"{path}: cannot be read: {error}; fetch or write it again, or leave it out") from error
+    tars.write(path, named())
 
 
 def _split(path: str) -> tuple[str, str] | None:
@@ -268,10 +200,13 @@ def _split(path: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def _groups(members: Iterable[tuple[str, str, T]]) -> Iterator[tuple[str, list[dict[str, T]]]]:
+def _groups(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[dict[str, T]]]]:
     """Adjacent members of one key: the sample, then a copy for each time that one of its names comes again."""
     current, copies = "", list[dict[str, T]]()
-    for key, extension, data in members:
+    for path, data in members:
+        if (name := _split(path)) is None:
+            continue
+        key, extension = name
         if key != current and copies:
             yield current, copies
             copies = []

@@ -19,7 +19,7 @@ REINFORCE = [
     {"prompts"},
     {"manifest", "reports", "images", "compat", "bfloat16", "terminal"},
     {"augment", "shards"},
-    {"config", "draws", "tensorfile"},
+    {"config", "draws", "tars", "tensorfile"},
     {"errors"},
 ]
 TRAIN = [
@@ -36,12 +36,12 @@ TRAIN = [
 STUDENTS = [{"__init__"}, {"mamba", "mambavision", "hybrid_text", "mci"}, {"scan", "fold"}]
 HOUSE = [("reinforce", REINFORCE), ("train", TRAIN), ("train/students", STUDENTS)]
 # What `train` may see of `reinforce`: what reads a store, and the doors to open_clip and to the user.
-READER = {"errors", "config", "draws", "manifest", "shards", "images", "augment", "store", "bfloat16"}
+READER = {"errors", "config", "draws", "manifest", "shards", "tars", "images", "augment", "store", "bfloat16"}
 HEAVY = {
     "ray": {"reinforce/crew.py"},
     "zarr": {"reinforce/store.py", "reinforce/bfloat16.py"},
     "open_clip": {"reinforce/compat.py"},
-    "tarfile": {"reinforce/shards.py"},
+    "tarfile": {"reinforce/tars.py"},
     "onnx": {"train/export.py"},
     "onnxruntime": {"train/export.py"},
 }

@@ -1,0 +1,107 @@
+"""Members of a tar, in order; a tar that is not whole is an error.
+
+Stricter than tarfile, which takes a damaged header or a missing end for the end.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any
+
+import fsspec
+
+from reinforce.errors import ShardError
+
+# What tarfile and the file systems below it raise on damaged or unreachable bytes; found by fuzzing.
+_FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
+# UTF-8 whatever the locale; a name that is not stays a valid string, as a store needs.
+_NAMES: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every regular file; of those that are not wanted, no bytes.
+
+    Raises ShardError where it shows that the tar cannot be read to its end.
+    """
+    try:
+        with (
+            fsspec.open(url, "rb") as file,
+            tarfile.open(fileobj=_File(file), mode="r|", tarinfo=_Header, **_NAMES) as tar,
+        ):
+            for member in _regular(tar):
+                content = tar.extractfile(member)
+                if content is not None:
+                    yield member.name, content.read() if wanted(member.name) else b""
+            tail = bytes(1 << 16)
+            while len(tail) == 1 << 16:
+                tail = tar.fileobj.read(1 << 16)  # type: ignore[union-attr]
+                if tail.strip(b"\0"):
+                    raise tarfile.ReadError("there is data after its end-of-archive marker (joined tars, or a hole)")
+    except _FAULTS as error:
+        raise _cannot(url, error) from error
+
+
+def places(path: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and (offset, length) in bytes of every regular file of a local tar; none is read.
+
+    Raises ShardError where the tar cannot be followed to its end.
+    """
+    try:
+        with tarfile.open(path, mode="r:", tarinfo=_Header, **_NAMES) as tar:
+            for member in _regular(tar):
+                yield member.name, (member.offset_data, member.size)
+    except _FAULTS as error:
+        raise _cannot(path, error) from error
+
+
+def write(path: str, files: Iterable[tuple[str, bytes]]) -> None:
+    """A tar of (name, bytes), the same bytes for the same files: their owner and time are 0."""
+    with fsspec.open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every header
+        if member.isreg() and not member.issparse():  # a sparse file of a few bytes may claim to be of any size
+            yield member
+
+
+def _cannot(url: str, error: Exception) -> ShardError:
+    return ShardError(f"{url}: cannot be read: {error}; fetch or write it again, or leave it out")
+
+
+class _File(io.RawIOBase):
+    """Raises where tarfile would read on and on past the end, to skip a member of absurd size."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self.file = file
+        self.ended = False
+
+    def read(self, size: int = -1, /) -> bytes:
+        if self.ended:
+            raise tarfile.ReadError("unexpected end of data")
+        data = self.file.read(size)
+        self.ended = not data
+        return data
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header that is whole or an error; only blocks of zeros are the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its stubs leave it out
+            raise
+        except tarfile.HeaderError:
+            if len(buf) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it is empty or cut off: there is no end-of-archive marker") from None
+            raise tarfile.ReadError(
+                f"it holds {bytes(buf[:8])!r} where a tar header should be (not a tar, compressed, or damaged)"
+            ) from None
