@@ -23,12 +23,12 @@ VIEWS = ViewSet(num_views=10, view_px=64, scale=(0.35, 1.0), num_ops=1)
 TRAINING = TrainConfig(
     student="mamba_tiny",
     fresh_views=VIEWS,
-    global_batch_size=64,
-    steps=320,
+    global_batch_size=32,  # of ten captions, many in a batch are the same: in large batches learning begins late
+    steps=800,
     lr=7e-4,
     warmup=20,
     precision="fp32",
-    workers=1,
+    workers=0,
     report_to=[],
 )
 TEACHER = {"distill": 0, "global_batch_size": 128, "steps": 900, "lr": 1e-3, "warmup": 50}
