@@ -54,6 +54,7 @@ FIRST_TEACHER = FIRST_STUDENT | {
     "fresh_views": GENTLE,
 }
 TEACHER_LENGTH = 8
+SHARP = 0.03
 
 SCORES = ("base", "novel", "hm", "top1")
 
@@ -92,11 +93,16 @@ def main(argv: list[str]) -> None:
 
 
 def variants(num_classes: int) -> dict[str, dict[str, Any]]:
-    """What each row of the table changes. The last one is PromptKD's weight, 1000 for a KL over the classes' number."""
+    """What each row of the table changes.
+
+    With C as it is, the root of the width, the attention of unit features is flat: all classes weigh the same. SHARP is
+    a C at which they do not, before anything is learned. PromptKD's weight is 1000, of a KL over the classes' number.
+    """
     return {
         "KL only": {"align": 0.0, "attention": False},
         "KL + IFAlign": {"attention": False},
         "KL + EduAttention": {"align": 0.0},
+        f"KL + EduAttention, C = {SHARP}": {"align": 0.0, "attention_scale": SHARP},
         "full": {},
         "full, PromptKD's weight": {"kl": 1000 / num_classes},
     }
@@ -194,7 +200,7 @@ class _Journey:
 
 
 def _slug(variant: str, seed: int) -> str:
-    return f"{re.sub('[^a-z]+', '_', variant.lower())}_{seed}"
+    return f"{re.sub('[^a-z]+', '_', variant.lower()).strip('_')}_{seed}"
 
 
 def markdown(found: dict[str, Any]) -> str:

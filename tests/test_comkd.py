@@ -69,6 +69,15 @@ def test_attention_is_the_slow_definition() -> None:
         torch.testing.assert_close(attention(u, w)[row], image + 0.7 * said)
 
 
+@pytest.mark.parametrize(("scale", "flat"), [(None, True), (0.03, False)])
+def test_attention_begins_flat_with_the_root_of_the_width(scale: float | None, flat: bool) -> None:
+    torch.manual_seed(0)
+    images, classes = units(64, 128), units(10, 128, seed=1)
+    attention = EduAttention(128, scale)
+    weights = (attention.query(images) @ attention.key(classes).T / attention.scale).softmax(-1)
+    assert (weights.max() < 1.05 * weights.min()) == flat
+
+
 def test_while_alpha_is_0_the_full_head_is_the_plain_one() -> None:
     torch.manual_seed(0)
     plain = Head(6, units(CLASSES, WIDTH), attention=False)
