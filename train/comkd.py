@@ -73,8 +73,8 @@ class EduAttention(nn.Module):
     hyperparameter C (`scale`), alpha learned from 0. Reconstructed: which side asks, where alpha and C stand, C's value
     (the root of D), and that f_e is used as it comes, not brought to unit norm.
 
-    While alpha is 0 the attention's own layers get no gradient, and alpha does: they learn from the second step on. With
-    C the root of D and unit features the attention begins flat, every class with nearly the same weight.
+    While alpha is 0 the attention's own layers get no gradient, and alpha does: they learn from the second step on.
+    With C the root of D and unit features the attention begins flat: every class has nearly the same weight.
     """
 
     def __init__(self, width: int, scale: float | None = None) -> None:

@@ -40,7 +40,9 @@ class AdaptConfig(Config):
     classes: Literal["all", "base"] = Field("all", description="base: the first half of the classes, rounded up")
     shots: int | None = Field(16, ge=1, description="images a class; none for all")
     views: ViewSet = Field(ViewSet(num_ops=0), description="how the images are cropped")
-    num_tokens: int = Field(4, ge=1, description="prompts a layer, in each tower")
+    num_tokens: int = Field(
+        4, ge=1, description="prompts a layer, in each tower; the text's begin as 'a photo of a', CLIP's 4 tokens"
+    )
     depth: int = Field(9, ge=1, description="layers with prompts")
 
     text_l1: float = Field(25.0, ge=0, description="weight of the texts' distance to the frozen model's")
