@@ -109,4 +109,5 @@ def test_the_table_of_the_sweep(tmp_path: Path) -> None:
     assert row["mean"] == pytest.approx(52.0) and row["spread"] == pytest.approx(11.0)
     assert row["gain"] == pytest.approx(2.0) and row["gain_spread"] == pytest.approx(1.0)
     text = lambda_sweep.markdown(table)
-    assert "| 0% | 0.25 | 52.0 ± 11.0 | +2.0 ± 1.0 |" in text and "| 40% | 0.0 | 50.0 ± 10.0 |  |" in text
+    assert "| 0% | 0.25 | 41.0, 52.0, 63.0 | 52.0 ± 11.0 | +2.0 ± 1.0 |" in text
+    assert "| 40% | 0.0 | 40.0, 50.0, 60.0 | 50.0 ± 10.0 |  |" in text
