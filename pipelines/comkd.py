@@ -33,7 +33,6 @@ from train.config import AdaptConfig, ComkdConfig, TrainConfig
 CLASS_SET = "domain"
 TEACHER = "local-dir:samples/models/teacher_vit"
 VIEWS = ViewSet(num_views=4, view_px=64, scale=(0.3, 1.0), num_ops=1)
-
 GENTLE = ViewSet(view_px=64, scale=(0.5, 1.0), num_ops=0)
 
 ADAPTATION = AdaptConfig(teacher=Teacher(model=TEACHER))
@@ -129,6 +128,7 @@ class _Journey:
         adapted = self._adapt()
         self._reinforce()
         begun = self.out / "student/student"
+        changes_of = variants(len(self.domain.classes))
         runs = {
             _slug(variant, seed): TRAINING.model_copy(
                 update=SMALL
@@ -136,11 +136,11 @@ class _Journey:
                 | {"comkd": ComkdConfig(class_set=CLASS_SET, **changes)}
             )
             for seed in seeds
-            for variant, changes in variants(len(self.domain.classes)).items()
+            for variant, changes in changes_of.items()
         }
         reports = self._fit(runs, "students", self.images, self.store)
         rows = {"zero-shot student": {name: [found] for name, found in _zero_shot(begun, self.sets).items()}}
-        for variant in variants(len(self.domain.classes)):
+        for variant in changes_of:
             of_seeds = [reports[_slug(variant, seed)]["evaluated"] for seed in seeds]
             rows[variant] = {name: [evaluated[name] for evaluated in of_seeds] for name in self.sets}
         return {
