@@ -15,9 +15,9 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from reinforce import augment
-from reinforce.compat import ensure_torchvision
 from reinforce.config import ViewSet
+from reinforce.data import augment
+from reinforce.models.open_clip import ensure_torchvision
 
 ensure_torchvision()
 from torchvision.transforms import InterpolationMode, autoaugment  # noqa: E402

@@ -4,7 +4,7 @@
     python -m benchmarks.coca --model coca_ViT-L-14 --images 64 --tokens 30 --device cuda
 
 Three ways to write the same captions with the same model, sampler and random numbers, timed in turns:
-  cached        reinforce.coca
+  cached        reinforce.models.coca
   image once    the image is encoded once, the whole text is run at every step
   open_clip     as CoCa.generate works: for each caption the image anew, the whole text at every step
 Captions run to their full length, so that every way does the same work. Weights are random.
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reinforce.coca import choose, generate
 from reinforce.config import Captioner
-from reinforce.models import FrozenModel
+from reinforce.models.coca import choose, generate
+from reinforce.models.frozen import FrozenModel
 
 Way = Callable[[Any, Tensor, Captioner, np.ndarray, int, int], Tensor]
 

@@ -20,9 +20,9 @@ import typer
 from benchmarks.slab import read_so_far
 from train import students
 from train.config import TrainConfig
-from train.loader import Batch, Loader
+from train.data.loader import Batch, Loader
+from train.data.sources import PlainSource, source_of
 from train.objective import ClipTrainee, backward
-from train.sources import PlainSource, source_of
 
 
 class Side:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import typer
 
-from reinforce.store import Store
+from reinforce.store.store import Store
 
 
 def read_so_far() -> int:

@@ -1,1 +1,1 @@
-"""Whole journeys: one recipe a file, whose docstring says command, machine, time and what to expect."""
+"""Recipes, one file each: what a store shall hold, how a student learns from it. Read by reinforce/recipes.py."""

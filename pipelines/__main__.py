@@ -1,24 +1,26 @@
-"""Whole journeys: `python -m pipelines RECIPE [options]`. What is done already is not done again."""
+"""Experiments, from data to table: `python -m pipelines NAME [options]`. A step that is done is not done again."""
 
-import importlib
 import sys
-from pathlib import Path
 
 from reinforce.terminal import errors_as_sentences
 
-
-def journeys() -> list[str]:
-    """Files beside this one that can be run."""
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if "\ndef main(argv: list[str])" in p.read_text())
+EXPERIMENTS = ("comkd", "lambda_sweep", "sample")
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in journeys():
-        print(f"{__doc__}\nRecipes: {', '.join(journeys())}; each explains itself with --help.", file=sys.stderr)
+    if name not in EXPERIMENTS:
+        print(f"{__doc__}\nNames: {', '.join(EXPERIMENTS)}; each explains itself with --help.", file=sys.stderr)
         sys.exit(0 if name in ("", "-h", "--help") else 2)
+    # Only the one that is asked for: they load torch.
+    if name == "comkd":
+        from pipelines.experiments.comkd import main as run
+    elif name == "lambda_sweep":
+        from pipelines.experiments.lambda_sweep import main as run
+    else:
+        from pipelines.experiments.sample import main as run
     with errors_as_sentences():
-        importlib.import_module(f"pipelines.{name}").main(sys.argv[2:])
+        run(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Store:   about 1.1 TB (36 embeddings of 2 x 768 bfloat16 a sample, 110.6 kB, com
 """
 
 from reinforce.config import Captioner, Recipe, Teacher, ViewSet
-from train.config import TrainConfig
 
 TEACHERS = {
     # OpenAI's weights were trained with QuickGELU; under plain ViT-L-14 they would be another teacher.
@@ -24,6 +23,12 @@ RECIPE = Recipe(
 )
 
 # MobileCLIP's ablation setting: ViT-B/16, lambda = 1, 30 k steps of 8,192.
-TRAINING = TrainConfig(
-    student="vit_b_16", global_batch_size=8192, steps=30_000, lr=1e-3, warmup=1000, grad_checkpointing=True, streams=32
-)
+TRAINING = {
+    "student": "vit_b_16",
+    "global_batch_size": 8192,
+    "steps": 30_000,
+    "lr": 1e-3,
+    "warmup": 1000,
+    "grad_checkpointing": True,
+    "streams": 32,
+}

@@ -8,20 +8,16 @@ from pipelines.datacompdr_12m import RECIPE as RECIPE_12M
 from pipelines.datacompdr_12m import TRAINING as TRAINING_12M
 from reinforce.config import ViewSet
 
-RECIPE = RECIPE_12M.model_copy(
-    update={"name": "datacompdr_1b", "view_sets": {"base": ViewSet(num_views=10, view_px=224)}}
-)
+RECIPE = RECIPE_12M.but(name="datacompdr_1b", view_sets={"base": ViewSet(num_views=10, view_px=224)})
 
 # MobileCLIP's large setting: the paper's warm-up and average of weights; S0 to S2 take distill=1.
-TRAINING = TRAINING_12M.model_copy(
-    update={
-        "student": "mobileclip_b",
-        "global_batch_size": 65_536,
-        "steps": 200_000,
-        "distill": 0.75,
-        "min_lr": 1e-6,
-        "warmup": 2000,
-        "ema_decay": 0.9995,
-        "streams": 256,
-    }
-)
+TRAINING = TRAINING_12M | {
+    "student": "mobileclip_b",
+    "global_batch_size": 65_536,
+    "steps": 200_000,
+    "distill": 0.75,
+    "min_lr": 1e-6,
+    "warmup": 2000,
+    "ema_decay": 0.9995,
+    "streams": 256,
+}

@@ -1,125 +1,21 @@
-"""How much should a Mamba student listen to its teachers? DM-CLIP's first question, on clean and on noisy captions.
+"""How much should a Mamba student listen to its teachers? The settings of that experiment's students.
 
-Command: python -m pipelines lambda_sweep --data FOLDER   (clothing_train and clothing_test, see pipelines/clothing.py)
-Machine: 2 CPU cores. Two teachers learn from clean captions, a store is written for clean and for noisy tars, and for
-         each a student is trained with every lambda and seed, all for as many steps.
-Result:  OUT/table.md and OUT/table.json; the numbers to expect are in README.md.
+Command: python -m pipelines lambda_sweep --data FOLDER (pipelines/experiments/lambda_sweep.py), or one training of it:
+         clip-train fit --recipe lambda_sweep --shards .. --store .. --set distill=0.75
+Machine: 2 CPU cores.
 """
 
-import argparse
-import json
-import statistics
-from pathlib import Path
-from typing import Any
+from reinforce.config import ViewSet
 
-from pipelines import clothing, steps
-from reinforce.config import Recipe, Teacher, ViewSet
-from train.config import TrainConfig
-
-LAMBDAS = (0.0, 0.25, 0.75, 1.0)
-NOISES = {"clean": 0.0, "noisy": 0.4}
-NUM_TEACHERS = 2
 VIEWS = ViewSet(num_views=10, view_px=64, scale=(0.35, 1.0), num_ops=1)
-TRAINING = TrainConfig(
-    student="mamba_tiny",
-    fresh_views=VIEWS,
-    global_batch_size=32,  # of ten captions, many in a batch are the same: in large batches learning begins late
-    steps=800,
-    lr=7e-4,
-    warmup=20,
-    precision="fp32",
-    workers=0,
-    report_to=[],
-)
-TEACHER = {"distill": 0, "global_batch_size": 128, "steps": 900, "lr": 1e-3, "warmup": 50}
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines lambda_sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with clothing_train and clothing_test")
-    parser.add_argument("--out", type=Path, default=Path("runs/lambda_sweep"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, one thread each")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(argv)
-    out: Path = options.out
-    if not (out / "test/test/nshards.txt").exists():
-        clothing.prepare(options.data, out, NOISES)
-    teacher = ["--student", "resnet_tiny", *(word for k, v in TEACHER.items() for word in ("--set", f"{k}={v}"))]
-    teachers = [_fit(out, f"teacher_{seed}", "clean", None, seed, teacher) for seed in range(NUM_TEACHERS)]
-    steps.run(teachers, "teachers", options.at_once)
-    recipe = out / "recipe.json"
-    recipe.write_text(_recipe(out).model_dump_json(indent=1))
-    for name in NOISES:
-        command = ["reinforce", "run", f"{out}/{name}/*.tar", "--store", f"{out}/{name}.zarr", "--recipe", str(recipe)]
-        steps.do([*command, "--workers", str(options.at_once)], out / f"{name}.log")
-    runs = [
-        _fit(out, _name(noise, weight, seed), noise, f"{noise}.zarr", seed, ["--set", f"distill={weight}"])
-        for seed in range(options.seeds)
-        for noise in NOISES
-        for weight in LAMBDAS
-    ]
-    steps.run(runs, "students", options.at_once)
-    table = _table(out, options.seeds)
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(table))
-    print(json.dumps(table) if options.json else markdown(table))
-
-
-def _fit(out: Path, name: str, tars: str, store: str | None, seed: int, more: list[str]) -> steps.Step:
-    command = ["train", "fit", "--recipe", "lambda_sweep", "--shards", f"{out}/{tars}/*.tar", "--out", str(out / name)]
-    command += ["--eval", f"test={out}/test", "--set", f"seed={seed}", *more]
-    return out / name / "report.json", command + (["--store", str(out / store)] if store else [])
-
-
-def _name(noise: str, weight: float, seed: int) -> str:
-    return f"{noise}_lambda_{weight}_seed_{seed}"
-
-
-def _recipe(out: Path) -> Recipe:
-    return Recipe(
-        name="lambda_sweep",
-        teachers={f"conv_{i}": Teacher(model=f"local-dir:{out}/teacher_{i}/student") for i in range(NUM_TEACHERS)},
-        view_sets={"base": VIEWS},
-        captioners={},
-    )
-
-
-def _table(out: Path, num_seeds: int) -> dict[str, Any]:
-    """Top-1 in percent of every run; by noise and lambda their mean and spread, and what lambda = 0 of the same seed
-    had less, likewise."""
-
-    def top1(name: str) -> float:
-        return 100 * float(json.loads((out / name / "report.json").read_text())["evaluated"]["test"]["top1"])
-
-    rows = []
-    for noise, share in NOISES.items():
-        plain = [top1(_name(noise, 0.0, seed)) for seed in range(num_seeds)]
-        for weight in LAMBDAS:
-            found = [top1(_name(noise, weight, seed)) for seed in range(num_seeds)]
-            gained = [a - b for a, b in zip(found, plain, strict=True)]
-            rows.append(
-                {"wrong_captions": share, "lambda": weight, "top1": found}
-                | {"mean": statistics.mean(found), "spread": _spread(found)}
-                | {"gain": statistics.mean(gained), "gain_spread": _spread(gained)}
-            )
-    return {"teachers_top1": [top1(f"teacher_{i}") for i in range(NUM_TEACHERS)], "seeds": num_seeds, "rows": rows}
-
-
-def _spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def markdown(table: dict[str, Any]) -> str:
-    """The table as README shows it."""
-    lines = ["| wrong captions | λ | top-1 by seed | mean ± spread | against λ = 0, paired |", "|---|---|---|---|---|"]
-    for row in table["rows"]:
-        gain = f"{row['gain']:+.1f} ± {row['gain_spread']:.1f}" if row["lambda"] else ""
-        found = ", ".join(f"{top1:.1f}" for top1 in row["top1"])
-        mean = f"{row['mean']:.1f} ± {row['spread']:.1f}"
-        lines.append(f"| {row['wrong_captions']:.0%} | {row['lambda']} | {found} | {mean} | {gain} |")
-    return "\n".join(lines) + "\n"
+TRAINING = {
+    "student": "mamba_tiny",
+    "fresh_views": VIEWS,
+    "global_batch_size": 32,  # of ten captions, many in a batch are the same: in large batches learning begins late
+    "steps": 800,
+    "lr": 7e-4,
+    "warmup": 20,
+    "precision": "fp32",
+    "workers": 0,
+    "report_to": [],
+}

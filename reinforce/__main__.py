@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from reinforce.config import RunOptions, load_recipe, parse
-from reinforce.reports import RunReport
+from reinforce.config import RunOptions, parse
+from reinforce.recipes import load_recipe
+from reinforce.run.reports import RunReport
 from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -36,7 +37,7 @@ def run(
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
-    from reinforce.driver import run as run_driver
+    from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
         loaded = load_recipe(recipe, set_)
@@ -67,7 +68,7 @@ def info(
     quarantine: Annotated[bool, typer.Option("--quarantine", help="list the samples that were set aside")] = False,
 ) -> None:
     """What a store holds: counts, sets, bytes, columns not there yet."""
-    from reinforce import info as room
+    from reinforce.check import info as room
 
     with errors_as_sentences():
         found = room.info(store)
@@ -88,7 +89,7 @@ def verify(
     json_: JsonOption = False,
 ) -> None:
     """Doubt a store: every column there, whole, and, with --replay, every view the same as when it was stored."""
-    from reinforce.verify import verify as doubt
+    from reinforce.check.verify import verify as doubt
 
     with errors_as_sentences():
         report = doubt(store, shards, replay, device)

@@ -5,8 +5,6 @@ A `Recipe` holds what decides the bytes of a store; it is saved in the manifest 
 """
 
 import difflib
-import importlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -40,7 +38,18 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Config(BaseModel):
+    """Settings that are checked when they are made, and never changed after that."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def but(self, **changes: Any) -> Self:
+        """The same settings with some of them replaced, checked as new ones are.
+
+        Raises ConfigError for a key that does not exist and for a value that does not fit. (Pydantic's
+        `model_copy(update=..)` checks neither: a misspelt key is lost without a word.)
+        """
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        return parse(type(self), kept | changes, f"{type(self).__name__}.but")
 
 
 T = TypeVar("T", bound=Config)
@@ -177,86 +186,32 @@ class RunOptions(Config):
     shards_in_flight: int = Field(2, ge=1, description="shards a worker holds: one computes, the next is being read")
 
 
-def load_recipe(name: str, overrides: list[str] = []) -> Recipe:
-    """The `RECIPE` of pipelines/NAME.py, or a Recipe saved as NAME.json, with `dotted.key=value` overrides.
-
-    Raises ConfigError that names the recipes or keys which come near.
-    """
-    return load(Recipe, "RECIPE", name, overrides)
-
-
-def load(kind: type[T], constant: str, name: str | None, overrides: list[str]) -> T:
-    """The config of this kind that pipelines/NAME.py has as `constant`, or that NAME.json holds, or, without a name,
-    the defaults; with overrides."""
-    if name is None:
-        tree = kind().model_dump(mode="json")
-    elif name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"recipe {name}: no such file")
-        try:
-            said = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"recipe {name} is not JSON: {error}") from None
-        tree = parse(kind, said, f"recipe {name}").model_dump(mode="json")  # whole, so that all of it can be overridden
-    else:
-        tree = _of_pipelines(constant, name).model_dump(mode="json")
-    for override in overrides:
-        _override(tree, override)
-    return parse(kind, tree, f"recipe {name}" if name else "the request")
-
-
 def parse(kind: type[T], tree: Any, where: str) -> T:
     """A config from its JSON form. Raises ConfigError with every fault on a line of its own."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, fault['loc']))}: {_plain(fault, tree)}" for fault in error.errors()]
-        raise ConfigError(f"{where} is not valid:\n  " + "\n  ".join(lines)) from None
+        raise ConfigError(f"{where} is not valid:\n  {sentences(error, tree)}") from None
 
 
-def _of_pipelines(constant: str, name: str) -> Config:
-    # By name and not by import: recipes stand above this package, and a user adds hers without touching it.
-    folder = Path(__file__).parent.parent / "pipelines"
-    known = sorted(p.stem for p in folder.glob("*.py") if f"\n{constant} = " in p.read_text())
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        raise ConfigError(
-            f"no recipe '{name}' with a {constant}; "
-            + (f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}")
-        )
-    config: Config = getattr(importlib.import_module(f"pipelines.{name}"), constant)
-    return config
+def sentences(error: ValidationError, tree: Any = None) -> str:
+    """Every fault that pydantic found, a line each; with `tree`, what was checked, the keys that come near."""
+    return "\n  ".join(": ".join(filter(None, [".".join(map(str, f["loc"])), _plain(f, tree)])) for f in error.errors())
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {override}: write it as dotted.key=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *path, last = dotted.split(".")
-    node: Any = tree
-    for step in path:
-        if not isinstance(node, dict) or step not in node:
-            raise ConfigError(f"--set {override}: no key '{step}'{_near(step, node)}")
-        node = node[step]
-    if not isinstance(node, dict) or last not in node:
-        raise ConfigError(f"--set {override}: no key '{last}'{_near(last, node)}")
-    node[last] = value
-
-
-def _near(key: str, node: Any) -> str:
+def near(key: str, node: Any) -> str:
+    """`; did you mean ..?`, or what keys there are."""
     keys = list(node) if isinstance(node, dict) else []
-    near = difflib.get_close_matches(key, keys, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; there are: {', '.join(keys) or 'none'}"
+    close = difflib.get_close_matches(key, keys, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there are: {', '.join(keys) or 'none'}"
 
 
 def _plain(fault: Any, tree: Any) -> str:
+    """A fault without pydantic's own words for what kind of error it is."""
+    *path, key = fault["loc"] or ("",)
     if fault["type"] != "extra_forbidden":
-        return str(fault["msg"])
-    for step in fault["loc"][:-1]:
-        tree = tree[step]
-    return f"unknown key{_near(str(fault['loc'][-1]), {k: v for k, v in tree.items() if k != fault['loc'][-1]})}"
+        return str(fault["msg"]).removeprefix("Value error, ")
+    for step in path:
+        tree = tree[step] if isinstance(tree, dict) else None
+    known = {k: v for k, v in tree.items() if k != key} if isinstance(tree, dict) else {}
+    return f"unknown key{near(str(key), known)}" if known else "unknown key"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from reinforce import driver
 from reinforce.config import Recipe, RunOptions
+from reinforce.run import driver
 from tests import tiny
 
 

@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from reinforce import driver
-from reinforce.compat import get_tokenizer
 from reinforce.config import ClassSet, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.errors import ConfigError
-from reinforce.manifest import CLASSES
-from reinforce.models import FrozenModel
-from reinforce.store import Store
-from train import classifier
+from reinforce.models.frozen import FrozenModel
+from reinforce.models.open_clip import get_tokenizer
+from reinforce.run import driver
+from reinforce.store.manifest import CLASSES
+from reinforce.store.store import Store
 from train.__main__ import app
-from train.adapt import adapt, epoch_weights, regularised_loss
-from train.config import AdaptConfig, ComkdConfig, TrainConfig
-from train.evalsets import EvalSet, write_classification_set
-from train.protocol import base_to_novel, check_classes, num_base
+from train.comkd import classifier
+from train.comkd.adapt import AdaptConfig, adapt, epoch_weights, regularised_loss
+from train.comkd.base_to_novel import base_to_novel, check_classes, num_base
+from train.config import ComkdConfig, TrainConfig
+from train.evaluation.sets import EvalSet, write_classification_set
 
 NAMES = ["hat", "shoe", "coat"]
 

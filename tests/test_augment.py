@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reinforce import augment
-from reinforce.compat import ensure_torchvision
 from reinforce.config import ViewSet
+from reinforce.data import augment
 from reinforce.errors import ReplayError
+from reinforce.models.open_clip import ensure_torchvision
 
 ensure_torchvision()
 from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop, autoaugment  # noqa: E402

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from reinforce import driver
+from reinforce.check.info import info, quarantine
 from reinforce.config import Recipe, RunOptions
-from reinforce.info import info, quarantine
-from reinforce.shards import Status
+from reinforce.data.shards import Status
+from reinforce.run import driver
 from tests import broken
 
 

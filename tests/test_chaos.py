@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from reinforce import driver
 from reinforce.config import Recipe, RunOptions
+from reinforce.run import driver
 from tests import tiny
 from tests.processes import Run, kill
 

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce import driver, prompts, shards
+from reinforce.check.info import info
+from reinforce.check.verify import verify
 from reinforce.config import ClassSet, Recipe, RunOptions, parse
+from reinforce.data import shards
 from reinforce.errors import ConfigError, ManifestMismatch
-from reinforce.info import info
-from reinforce.manifest import CLASSES, columns
-from reinforce.models import FrozenModel
-from reinforce.prompts import Prompts
-from reinforce.store import Store
-from reinforce.teachers import Teacher
-from reinforce.verify import verify
-from reinforce.worker import Worker
+from reinforce.models import prompts
+from reinforce.models.frozen import FrozenModel
+from reinforce.models.prompts import Prompts
+from reinforce.models.teacher import Teacher
+from reinforce.run import driver
+from reinforce.run.worker import Worker
+from reinforce.store.manifest import CLASSES, columns
+from reinforce.store.store import Store
 from tests import tiny
 
 CPU = RunOptions(workers="0", device="cpu")

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reinforce import coca
-from reinforce.coca import caption_text, choose, generate
-from reinforce.compat import open_clip
 from reinforce.config import Captioner
 from reinforce.errors import ConfigError
-from reinforce.models import FrozenModel
+from reinforce.models import coca
+from reinforce.models.coca import caption_text, choose, generate
+from reinforce.models.frozen import FrozenModel
+from reinforce.models.open_clip import open_clip
 
 SOT, EOT, VOCAB = 58, 59, 60
 SAMPLE_MODEL = Path(__file__).parent.parent / "samples" / "models" / "coca"

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train import comkd
-from train.comkd import EduAttention, Head, Projector
+from train.comkd import terms as comkd
+from train.comkd.terms import EduAttention, Head, Projector
 
 WIDTH, CLASSES = 8, 5
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import comkd, domains
+from pipelines import comkd
+from pipelines.experiments import domains
+from reinforce.data.shards import expand, read_parts
 from reinforce.errors import ConfigError
-from reinforce.shards import expand, read_parts
-from train.config import load_adaptation, load_training
-from train.evalsets import EvalSet
-from train.protocol import num_base
+from train.comkd.adapt import load_adaptation
+from train.comkd.base_to_novel import num_base
+from train.config import load_training
+from train.evaluation.sets import EvalSet
 
 
 def keys(folder: Path, split: str) -> set[str]:

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.config import Recipe, RunOptions, ViewSet, load_recipe, parse
+from reinforce.config import Recipe, RunOptions, ViewSet, parse
 from reinforce.errors import ConfigError
+from reinforce.recipes import load_recipe
 
 RECIPES = ["sample", "datacompdr_12m", "datacompdr_1b", "mobileclip2"]
 

@@ -13,20 +13,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from reinforce import driver, shards
 from reinforce.config import ClassSet, Recipe, RunOptions
+from reinforce.data import shards
 from reinforce.errors import ConfigError, StoreError
-from reinforce.manifest import CLASSES
-from reinforce.store import Store
+from reinforce.run import driver
+from reinforce.store.manifest import CLASSES
+from reinforce.store.store import Store
 from tests import tiny
-from train import classifier, students
+from train import students
 from train.__main__ import app
+from train.comkd import classifier
+from train.comkd.trainee import ComkdTrainee
 from train.config import ComkdConfig, TrainConfig
-from train.distilled import ComkdTrainee
-from train.evalsets import EvalSet, write_classification_set
-from train.loader import Batch, Loader
+from train.data.loader import Batch, Loader
+from train.data.sources import source_of
+from train.evaluation.sets import EvalSet, write_classification_set
 from train.objective import backward
-from train.sources import source_of
 from train.trainer import fit
 
 NAMES = ["hat", "shoe", "skirt"]
@@ -145,7 +147,7 @@ def test_stage_2_holds_no_teacher(made: Made, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from train.config import load_training; from train.trainer import fit;"
         f"fit(load_training({str(tmp_path / 'c.json')!r}), Path({str(tmp_path / 'a')!r}));"
-        "held = {'reinforce.teachers', 'reinforce.models', 'reinforce.worker', 'ray'} & set(sys.modules);"
+        "held = {'reinforce.models.teacher', 'reinforce.models.frozen', 'reinforce.run', 'ray'} & set(sys.modules);"
         "assert not held, held"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reinforce.draws import uniforms
+from reinforce.data.draws import uniforms
 
 NAME = {"seed": 7, "set_name": "view/base", "key": "00000042", "index": 3}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from reinforce import driver
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ConfigError, ManifestMismatch
-from reinforce.store import Store
+from reinforce.run import driver
+from reinforce.store.store import Store
 from tests import tiny
 from tests.processes import Run, kill
 

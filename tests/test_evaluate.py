@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from reinforce import images, shards
-from reinforce.compat import open_clip
+from reinforce.data import images, shards
 from reinforce.errors import ConfigError, MissingExtra, ShardError
+from reinforce.models.open_clip import open_clip
 from tests import tiny
-from train import evaluate as ev
 from train import students
-from train.evalsets import EvalSet, write_classification_set
+from train.evaluation import metrics as ev
+from train.evaluation.sets import EvalSet, write_classification_set
 from train.students import Student
 
 CLASSES = ["cat", "dog", "red {fox}"]

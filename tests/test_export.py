@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from reinforce import images
-from reinforce.compat import get_tokenizer, open_clip
+from reinforce.data import images
 from reinforce.errors import ConfigError, MissingExtra
+from reinforce.models.open_clip import get_tokenizer, open_clip
 from tests import tiny
 from train import export, students
 from train.students import Student

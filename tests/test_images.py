@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from reinforce.data.images import decode
+from reinforce.data.shards import Status
 from reinforce.errors import SampleError
-from reinforce.images import decode
-from reinforce.shards import Status
 from tests.odd import ARITHMETIC_JPEG, encode, gradient, odd_images, oriented, png, ycck
 
-# pytest replaces the filters of the process, and with them the one that `reinforce.images` sets
+# pytest replaces the filters of the process, and with them the one that `reinforce.data.images` sets
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
 ODD = odd_images()
@@ -171,7 +171,7 @@ def test_damage_of_any_kind_has_a_status() -> None:
 
 
 def test_the_most_pixels_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reinforce.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("reinforce.data.images.MAX_PIXELS", 100)
     for format in ("JPEG", "PNG", "WEBP"):
         assert decode(encode(Image.new("RGB", (20, 5)), format)).size == (20, 5)
         with pytest.raises(SampleError, match="over 100 pixels: it has 101 x 1; shrink it"):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce import augment, images, shards
+from reinforce.data import augment, images, shards
 from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, ReplayError, ShardError, StoreError
-from reinforce.store import Store
+from reinforce.store.store import Store
 from tests import tiny
 from tests.conftest import Reinforced
 from train.config import TrainConfig
-from train.loader import Batch, Loader
-from train.sources import source_of
+from train.data.loader import Batch, Loader
+from train.data.sources import source_of
 
 PX = 24
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reinforce.compat import open_clip
+from reinforce.models.open_clip import open_clip
 from train.losses import FeatureHeads, TeacherPairs, feature_mse, pair_losses
 
 

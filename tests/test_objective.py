@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from tests.conftest import Reinforced
 from train import students
 from train.config import TrainConfig
-from train.loader import Batch, Loader
+from train.data.loader import Batch, Loader
+from train.data.sources import Source, source_of
 from train.losses import TeacherPairs, pair_losses
 from train.objective import ClipTrainee, backward
-from train.sources import Source, source_of
 
 
 def training(made: Reinforced, **changes: object) -> tuple[TrainConfig, Source, ClipTrainee]:

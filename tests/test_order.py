@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.errors import ConfigError
-from train.order import Order
+from train.data.order import Order
 
 Row = tuple[str, int]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reinforce import prompts
-from reinforce.compat import get_tokenizer, open_clip
 from reinforce.config import Recipe, Teacher
 from reinforce.errors import ConfigError
-from reinforce.models import FrozenModel
-from reinforce.prompts import Prompts
+from reinforce.models import prompts
+from reinforce.models.frozen import FrozenModel
+from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.prompts import Prompts
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reinforce import driver
-from reinforce.config import RunOptions, load_recipe
+from reinforce.check.info import info
+from reinforce.check.verify import verify
+from reinforce.config import RunOptions
 from reinforce.errors import ConfigError
-from reinforce.info import info
-from reinforce.store import Store
-from reinforce.verify import verify
+from reinforce.recipes import load_recipe
+from reinforce.run import driver
+from reinforce.store.store import Store
 from tests import tiny
 
 

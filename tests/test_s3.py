@@ -10,12 +10,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from reinforce import driver
+from reinforce.check.info import info
+from reinforce.check.verify import verify
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import Corrupt
-from reinforce.info import info
-from reinforce.store import Store
-from reinforce.verify import verify
+from reinforce.run import driver
+from reinforce.store.store import Store
 from tests import tiny
 
 OPTIONS = RunOptions(workers="0", device="cpu")

@@ -10,13 +10,13 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipelines import emoji
-from pipelines.pictures import Pictures, read_pictures
-from pipelines.samples import VOCABULARY, load, retrieval, word_f1, write_captions
-from pipelines.small_models import MODELS, augment
-from pipelines.vocabulary import learn_vocabulary
-from reinforce.compat import open_clip
+from pipelines.samples import emoji
+from pipelines.samples.__main__ import VOCABULARY, load, retrieval, word_f1, write_captions
+from pipelines.samples.models import MODELS, augment
+from pipelines.samples.pictures import Pictures, read_pictures
+from pipelines.samples.vocabulary import learn_vocabulary
 from reinforce.errors import ConfigError
+from reinforce.models.open_clip import open_clip
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 TRAIN = sorted((SAMPLES / "train").glob("*.tar"))

@@ -8,13 +8,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reinforce.data.images import decode
+from reinforce.data.shards import Sample, Shard, Status, expand, read, read_parts, write
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
-from reinforce.images import decode
-from reinforce.shards import Sample, Shard, Status, expand, read, read_parts, write
 from tests.broken import Expected, all_tars, make, members, tar
 from tests.odd import ARITHMETIC_JPEG, odd_captions
 
-# pytest replaces the filters of the process, and with them the one that `reinforce.images` sets
+# pytest replaces the filters of the process, and with them the one that `reinforce.data.images` sets
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
 TARS = all_tars()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from reinforce.errors import Corrupt, NotCommitted, StoreError
-from reinforce.store import CHUNK_ROWS, Store
+from reinforce.store.store import CHUNK_ROWS, Store
 from tests.tiny import tree
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reinforce.compat import open_clip
+from reinforce.models.open_clip import open_clip
 from train import students
 from train.students import hybrid_text, mambavision
 from train.students.fold import fold

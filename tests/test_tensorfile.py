@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from reinforce import tensorfile
+from reinforce.models import tensorfile
 
 
 def test_what_was_written_comes_back(tmp_path: Path) -> None:

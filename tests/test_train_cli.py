@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import lambda_sweep, steps
+from pipelines.experiments import lambda_sweep, steps
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT

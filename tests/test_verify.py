@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reinforce import driver
+from reinforce.check.verify import verify
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ConfigError
-from reinforce.store import Store
-from reinforce.verify import verify
+from reinforce.run import driver
+from reinforce.store.store import Store
 from tests import tiny
 
 OPTIONS = RunOptions(workers="0", device="cpu")

@@ -8,14 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from reinforce import augment, images, shards
 from reinforce.config import Recipe, RunOptions
+from reinforce.data import augment, images, shards
+from reinforce.data.shards import Status, expand
 from reinforce.errors import ManifestMismatch
-from reinforce.manifest import columns
-from reinforce.shards import Status, expand
-from reinforce.store import Store
-from reinforce.teachers import Teacher
-from reinforce.worker import Worker
+from reinforce.models.teacher import Teacher
+from reinforce.run.worker import Worker
+from reinforce.store.manifest import columns
+from reinforce.store.store import Store
 from tests import tiny
 
 CPU = RunOptions(device="cpu")
@@ -161,7 +161,7 @@ def test_original_captions_repeat_where_there_are_fewer(recipe: Recipe, tmp_path
 def test_an_empty_synthetic_caption_becomes_the_original(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reinforce import coca
+    from reinforce.models import coca
 
     monkeypatch.setattr(coca, "caption_text", lambda *_: "")
     report = reinforce(recipe, tiny.tar(tmp_path / "00000.tar", 3), tmp_path / "s")
@@ -220,6 +220,6 @@ def test_two_shards_at_once_are_the_same_as_one_after_the_other(recipe: Recipe, 
 
 
 def test_reports_are_small() -> None:
-    from reinforce.reports import ShardReport
+    from reinforce.run.reports import ShardReport
 
     assert replace(ShardReport("x"), read=3, quarantined={"broken_image": 1}).valid == 2

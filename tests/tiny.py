@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from reinforce import shards
-from reinforce.compat import open_clip
 from reinforce.config import Captioner, Recipe, Teacher, ViewSet
+from reinforce.data import shards
+from reinforce.models.open_clip import open_clip
 
 _VOCABULARY = 514  # SimpleTokenizer without merges: 256 bytes, 256 bytes at the end of a word, start and end
 _TEXT = {"vocab_size": _VOCABULARY, "layers": 1, "heads": 2, "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"}}

@@ -12,7 +12,7 @@ import typer
 from reinforce.config import parse
 from reinforce.errors import ConfigError, SampleError
 from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
-from train.config import AdaptConfig, TrainConfig, load_adaptation, load_training
+from train.config import TrainConfig, load_training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -59,9 +59,10 @@ def eval_(
 ) -> None:
     """Zero-shot classification and retrieval of a trained student."""
     with errors_as_sentences():
-        from train import classifier, students
-        from train.evalsets import EvalSet
-        from train.evaluate import evaluate
+        from train import students
+        from train.comkd import classifier
+        from train.evaluation.metrics import evaluate
+        from train.evaluation.sets import EvalSet
 
         opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
         if (Path(student) / classifier.FILE).is_file():
@@ -78,7 +79,8 @@ def export(
 ) -> None:
     """Write a student as an open_clip folder and as ONNX, of both towers or of its classifier; check that all agree."""
     with errors_as_sentences():
-        from train import classifier, students
+        from train import students
+        from train.comkd import classifier
         from train.export import export as export_student
         from train.export import export_classifier, noise
 
@@ -105,7 +107,7 @@ def latency(
 ) -> None:
     """Parameters, FLOPs and milliseconds of students, folded and warmed up, by one protocol."""
     with errors_as_sentences():
-        from reinforce.compat import pick_device
+        from reinforce.models.open_clip import pick_device
         from train.latency import measure, table
 
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
@@ -127,13 +129,14 @@ def adapt(
 ) -> None:
     """Adapt a CLIP teacher to labelled images by prompts: a file that a recipe names as the teacher's `prompts`."""
     with errors_as_sentences():
+        from train.comkd.adapt import AdaptConfig, load_adaptation
+        from train.comkd.adapt import adapt as adapt_teacher
+
         config = load_adaptation(recipe, set_)
         asked: dict[str, Any] = {"data": data}
         asked |= {"teacher": {"model": teacher, "pretrained": pretrained}} if teacher else {}
         asked |= {"eval_sets": _eval_sets(eval_)} if eval_ else {}
         config = parse(AdaptConfig, config.model_dump() | asked, "the request")
-        from train.adapt import adapt as adapt_teacher
-
         _print(
             adapt_teacher(config, out),
             json_,
@@ -150,8 +153,8 @@ def classify(
 ) -> None:
     """Say which class each image shows, and how sure that is."""
     with errors_as_sentences():
-        from reinforce.images import decode
-        from train.classifier import load
+        from reinforce.data.images import decode
+        from train.comkd.classifier import load
 
         loaded = load(student)
         found = {}

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from reinforce import tensorfile
 from reinforce.errors import ConfigError, Corrupt
+from reinforce.models import tensorfile
 from train.config import FREE, TrainConfig
 
 KEPT = 2  # the newest ones; the one before is there if the disk fills while the last is written

@@ -4,13 +4,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from reinforce.config import Config, Teacher, ViewSet, load
+from reinforce.config import Config, ViewSet
+from reinforce.recipes import load
 
 Reporter = Literal["tensorboard", "wandb"]
 
 
 class ComkdConfig(Config):
-    """Stage 2 of ComKD-CLIP (train/comkd.py): a student's image encoder learns its teacher's way with some classes."""
+    """Stage 2 of ComKD-CLIP (train/comkd): a student's image encoder learns its teacher's way with some classes."""
 
     class_set: str = Field(description="the store's class texts to learn with")
     num_prompts: int = Field(
@@ -30,35 +31,6 @@ class ComkdConfig(Config):
         if self.attention and not self.kl:
             raise ValueError("EduAttention learns through the logits; set kl above 0, or attention=false")
         return self
-
-
-class AdaptConfig(Config):
-    """Stage 1 of ComKD-CLIP (train/adapt.py): a teacher's prompts. The values are PromptSRC's."""
-
-    teacher: Teacher
-    data: str = Field("", description="labelled images: a folder in CLIP_benchmark's layout, its split `train`")
-    classes: Literal["all", "base"] = Field("all", description="base: the first half of the classes, rounded up")
-    shots: int | None = Field(16, ge=1, description="images a class; none for all")
-    views: ViewSet = Field(ViewSet(num_ops=0), description="how the images are cropped")
-    num_tokens: int = Field(
-        4, ge=1, description="prompts a layer, in each tower; the text's begin as 'a photo of a', CLIP's 4 tokens"
-    )
-    depth: int = Field(9, ge=1, description="layers with prompts")
-
-    text_l1: float = Field(25.0, ge=0, description="weight of the texts' distance to the frozen model's")
-    image_l1: float = Field(10.0, ge=0, description="weight of the images' distance to the frozen model's")
-    logits_kl: float = Field(1.0, ge=0, description="weight of the logits' divergence from the frozen model's")
-    average: bool = Field(True, description="the result is an average of epochs, Gaussian weights; else the last one")
-
-    epochs: int = Field(20, ge=1)
-    batch_size: int = Field(8, ge=1)
-    lr: float = Field(0.005, gt=0, description="SGD with momentum; a cosine over the epochs, the first at 1e-5")
-    seed: int = Field(0, ge=0)
-    weights: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: a teacher without its weights, to try shapes and memory"
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout with the same classes")
 
 
 class TrainConfig(Config):
@@ -153,15 +125,7 @@ FREE = {
 }
 
 
-def load_adaptation(name: str, overrides: list[str] = []) -> AdaptConfig:
-    """The `ADAPTATION` of pipelines/NAME.py, or one saved as NAME.json, as `load_training` does."""
-    return load(AdaptConfig, "ADAPTATION", name, overrides)
-
-
 def load_training(name: str | None, overrides: list[str] = []) -> TrainConfig:
-    """The `TRAINING` of pipelines/NAME.py, or a TrainConfig saved as NAME.json, or the defaults, with
-    `dotted.key=value` overrides.
-
-    Raises ConfigError that names the recipes or keys which come near.
-    """
+    """The `TRAINING` of a recipe (reinforce/recipes.py), or without a name the defaults, with `dotted.key=value`
+    overrides. Raises ConfigError."""
     return load(TrainConfig, "TRAINING", name, overrides)

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from reinforce.errors import ConfigError, MissingExtra
 from train import students
-from train.classifier import Classifier
-from train.classifier import load as load_classifier
-from train.evaluate import embed_images, embed_texts
+from train.comkd.classifier import Classifier
+from train.comkd.classifier import load as load_classifier
+from train.evaluation.metrics import embed_images, embed_texts
 from train.students import Student
 from train.students.fold import fold
 
@@ -83,7 +83,7 @@ def export(student: Student, out: Path, images: Sequence[Tensor], texts: Sequenc
 
 
 def export_classifier(classifier: Classifier, out: Path, images: Sequence[Tensor]) -> ExportReport:
-    """The same for a student that tells classes apart: its folder (train/classifier.py), and `classifier.onnx`.
+    """The same for a student that tells classes apart: its folder (train/comkd/classifier.py), and `classifier.onnx`.
 
     Compared are the logits over `logit_scale`: `folder/logits`, and `onnx/logits`.
     """

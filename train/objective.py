@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train import students
 from train.config import TrainConfig
-from train.evalsets import EvalSet
-from train.evaluate import Metrics, evaluate
-from train.loader import Batch
+from train.data.loader import Batch
+from train.data.sources import TeacherFacts
+from train.evaluation.metrics import Metrics, evaluate
+from train.evaluation.sets import EvalSet
 from train.losses import FeatureHeads, TeacherPairs, feature_mse, pair_losses
-from train.sources import TeacherFacts
 from train.students import Student
 
 Outputs = dict[str, Tensor]

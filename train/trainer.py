@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from reinforce.errors import ConfigError, Diverged
 from train import checkpoint, students
 from train.config import TrainConfig
-from train.evalsets import EvalSet
-from train.journal import Journal
-from train.loader import Batch, Loader
+from train.data.loader import Batch, Loader
+from train.data.sources import Source, source_of
+from train.distributed import Ranks, joined
+from train.evaluation.sets import EvalSet
+from train.logs import Journal
 from train.objective import ClipTrainee, Trainee, backward
-from train.ranks import Ranks, joined
-from train.sources import Source, source_of
 from train.students import Student, scan
 
 REPORT = "report.json"
@@ -209,7 +209,7 @@ class _Training:
 def _trainee(student: Student, source: Source, config: TrainConfig, eval_sets: dict[str, EvalSet]) -> Trainee:
     if config.comkd is None:
         return ClipTrainee(student, source.teachers, config)
-    from train.distilled import ComkdTrainee
+    from train.comkd.trainee import ComkdTrainee
 
     return ComkdTrainee(student, source.teachers, config, eval_sets)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from reinforce import tensorfile
-from reinforce.compat import get_tokenizer, open_clip
 from reinforce.errors import ConfigError
+from reinforce.models import tensorfile
+from reinforce.models.open_clip import get_tokenizer, open_clip
 from train.students import hybrid_text, mamba, mambavision, mci
 
 # Importing them registers their encoders with timm, and the hybrid text tower with open_clip.

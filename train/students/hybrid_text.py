@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reinforce.compat import open_clip
+from reinforce.models.open_clip import open_clip
 from train.students.fold import ConvNorm
 
 LAYER_SCALE = 1e-5  # where a block's branches start

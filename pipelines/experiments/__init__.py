@@ -1,0 +1,1 @@
+"""Experiments: commands of the project one after the other, up to a table."""

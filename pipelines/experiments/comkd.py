@@ -1,0 +1,244 @@
+"""ComKD-CLIP from a store, on a domain of ours: from a small CLIP to the table of its two modules.
+
+Command: python -m pipelines comkd [--data FOLDER]; FOLDER holds clothing_train and clothing_test, without it
+         the domain is the bundled emoji by Unicode block.
+Machine: 2 CPU cores, no GPU.
+
+The recipe, pipelines/comkd.py, is for models of any size; what this journey changes for its protocol and its small ones
+is below.
+
+1. A CLIP teacher and a CLIP student learn from captions of the domain, the teacher longer; of the emoji the teacher is
+   the bundled one.
+2. The teacher's prompts learn the base classes, the first half, from 16 images each (`clip-train adapt`).
+3. The adapted teacher writes embeddings of every training image's views and the texts of all classes into a store.
+4. The student learns from the store, unlabelled images of all classes, with and without each module, by 3 seeds. What
+   varies with the seed is this step; teacher and store are the same for all.
+
+A step that is done is not done again.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.comkd import CLASS_SET, TEACHER
+from pipelines.experiments import domains, steps
+from reinforce.config import ClassSet, Config, Recipe, Teacher, ViewSet
+from reinforce.errors import ConfigError
+from train import students
+from train.comkd.adapt import adapt, load_adaptation
+from train.comkd.base_to_novel import base_to_novel
+from train.config import ComkdConfig, TrainConfig, load_training
+from train.evaluation.metrics import embed_classes, embed_images
+from train.evaluation.sets import EvalSet
+
+VIEWS = ViewSet(num_views=4, view_px=64, scale=(0.3, 1.0), num_ops=1)
+GENTLE = ViewSet(view_px=64, scale=(0.5, 1.0), num_ops=0)
+
+# Our vocabulary has 6 tokens for "a photo of a", CLIP's 4.
+SMALL_ADAPTATION = {"classes": "base", "num_tokens": 6, "views": GENTLE}
+SMALL = {"student": "mamba_tiny", "global_batch_size": 32, "precision": "fp32", "workers": 0, "report_to": []}
+STEPS = 600
+# What a CLIP to start from has in place of TRAINING's, and its length as a multiple of a student's.
+FIRST_STUDENT = SMALL | {"comkd": None, "distill": 0.0, "lr": 7e-4, "fresh_views": VIEWS}
+FIRST_TEACHER = FIRST_STUDENT | {
+    "student": TEACHER.removeprefix("local-dir:"),
+    "global_batch_size": 16,
+    "lr": 5e-4,
+    "fresh_views": GENTLE,
+}
+TEACHER_LENGTH = 8
+SHARP = 0.03
+
+SCORES = ("base", "novel", "hm", "top1")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines comkd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder with clothing_train and clothing_test; none: the emoji")
+    parser.add_argument("--out", type=Path, help="default: runs/comkd_clothing, runs/comkd_emoji")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of a variant")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help=f"length of a student's training, and of the one before; the teacher's is {TEACHER_LENGTH} times as long",
+    )
+    parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, one thread each")
+    parser.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar="NAME=SET",
+        help="another set with the same classes to test on, a folder in CLIP_benchmark's layout; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    out: Path = options.out or Path("runs/comkd_clothing" if options.data else "runs/comkd_emoji")
+    more = {name: url for name, _, url in (text.partition("=") for text in options.eval)}
+    if not all([*more, *more.values()]):
+        raise ConfigError(f"--eval {' '.join(options.eval)}: write NAME=SET")
+    table = _Journey(options.data, out, options.steps, options.at_once, more).run(range(1, options.seeds + 1))
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(table))
+    print(json.dumps(table) if options.json else markdown(table))
+
+
+def variants(num_classes: int) -> dict[str, dict[str, Any]]:
+    """What each row of the table changes.
+
+    With C as it is, the root of the width, the attention of unit features is flat: all classes weigh the same. SHARP is
+    a C at which they do not, before anything is learned. PromptKD's weight is 1000, of a KL over the classes' number.
+    """
+    return {
+        "KL only": {"align": 0.0, "attention": False},
+        "KL + IFAlign": {"attention": False},
+        "KL + EduAttention": {"align": 0.0},
+        f"KL + EduAttention, C = {SHARP}": {"align": 0.0, "attention_scale": SHARP},
+        "full": {},
+        "full, PromptKD's weight": {"kl": 1000 / num_classes},
+    }
+
+
+class _Journey:
+    def __init__(self, data: Path | None, out: Path, num_steps: int, at_once: int, more: Mapping[str, str]) -> None:
+        self.out, self.num_steps, self.at_once = out, num_steps, at_once
+        self.training = load_training("comkd")
+        self.domain = domains.of_clothing(data, out / "data") if data else domains.of_emoji(out / "data")
+        self.sets = {"test": str(self.domain.labelled)}
+        self.sets |= {name: str(folder) for name, folder in self.domain.shifted.items()} | dict(more)
+        self.learns_teacher = data is not None
+        self.images, self.store = f"{self.domain.labelled}/train/*.tar", str(out / "store.zarr")
+
+    def run(self, seeds: range) -> dict[str, Any]:
+        """Every step. Of what it gives, `rows` are scores by variant and evaluation set, a list over seeds."""
+        starts = {"student": self.training.but(**FIRST_STUDENT, steps=self.num_steps)}
+        if self.learns_teacher:
+            length = TEACHER_LENGTH * self.num_steps
+            starts["teacher"] = self.training.but(**FIRST_TEACHER, steps=length)
+        self._fit(starts, "a CLIP to start from", self.domain.captioned, None)
+        adapted = self._adapt()
+        self._reinforce()
+        begun = self.out / "student/student"
+        changes_of = variants(len(self.domain.classes))
+        runs = {
+            _slug(variant, seed): self.training.but(
+                **SMALL | {"student": str(begun), "steps": self.num_steps, "seed": seed, "eval_sets": self.sets},
+                comkd=ComkdConfig(class_set=CLASS_SET, **changes),
+            )
+            for seed in seeds
+            for variant, changes in changes_of.items()
+        }
+        reports = self._fit(runs, "students", self.images, self.store)
+        rows = {"zero-shot student": {name: [found] for name, found in _zero_shot(begun, self.sets).items()}}
+        for variant in changes_of:
+            of_seeds = [reports[_slug(variant, seed)]["evaluated"] for seed in seeds]
+            rows[variant] = {name: [evaluated[name] for evaluated in of_seeds] for name in self.sets}
+        return {
+            "classes": self.domain.classes,
+            "steps": self.num_steps,
+            "seeds": len(seeds),
+            "teacher": adapted["evaluated"],
+            "rows": rows,
+        }
+
+    @property
+    def _teacher(self) -> Teacher:
+        return Teacher(model=f"local-dir:{self.out}/teacher/student" if self.learns_teacher else TEACHER)
+
+    @property
+    def _prompts(self) -> Path:
+        return self.out / "adapted/prompts.safetensors"
+
+    def _fit(
+        self, runs: Mapping[str, TrainConfig], title: str, shards: str, store: str | None
+    ) -> dict[str, dict[str, Any]]:
+        """The report of each training. Raises ConfigError where one was made before with other settings."""
+        todo = []
+        for name, config in runs.items():
+            asked = config.but(shards=shards, store=store)
+            report, saved = self.out / name / "report.json", self.out / name / "config.json"
+            if report.exists() and json.loads(saved.read_text())["config"] != asked.model_dump(mode="json"):
+                raise ConfigError(f"{self.out / name} was trained with other settings; give another --out")
+            command = ["train", "fit", "--recipe", _saved(config, self.out / f"{name}.json"), "--shards", shards]
+            command += ["--out", str(self.out / name)] + (["--store", store] if store else [])
+            todo.append((report, command))
+        steps.run(todo, title, self.at_once)
+        return {name: json.loads((self.out / name / "report.json").read_text()) for name in runs}
+
+    def _adapt(self) -> dict[str, Any]:
+        config = load_adaptation("comkd").but(
+            **SMALL_ADAPTATION, teacher=self._teacher, data=str(self.domain.labelled), eval_sets=self.sets
+        )
+        command = ["train", "adapt", config.data, "--recipe", _saved(config, self.out / "adapted.json")]
+        steps.run([(self._prompts, [*command, "--out", str(self._prompts)])], "prompts of the teacher")
+        return adapt(config, self._prompts)  # it is there: what it says of itself, if it was made with these settings
+
+    def _reinforce(self) -> None:
+        recipe = Recipe(
+            name="comkd",
+            teachers={"clip": self._teacher.but(prompts=str(self._prompts))},
+            view_sets={"base": VIEWS},
+            captioners={},
+            num_original_captions=0,
+            class_sets={CLASS_SET: ClassSet(classnames=tuple(self.domain.classes), templates=("{}.",))},
+        )
+        command = ["reinforce", "run", self.images, "--store", self.store, "--workers", "0"]
+        steps.do([*command, "--recipe", _saved(recipe, self.out / "recipe.json")], self.out / "store.log")
+
+
+def _slug(variant: str, seed: int) -> str:
+    return f"{re.sub('[^a-z]+', '_', variant.lower()).strip('_')}_{seed}"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table of the test set, and of top-1 on the other sets."""
+    others = [name for name in found["rows"]["full"] if name != "test"]
+    lines = [
+        "| | base | novel | HM |" + "".join(f" {name}, top-1 |" for name in ("test", *others)),
+        "|---|---|---|---|" + "---|" * (1 + len(others)),
+    ]
+    for kind in ("frozen", "adapted"):
+        scores = {name: [by_kind[kind]] for name, by_kind in found["teacher"].items()}
+        lines.append(_line(f"teacher, {kind}", scores, others))
+    lines += [_line(variant, scores, others) for variant, scores in found["rows"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, scores: dict[str, list[dict[str, float]]], others: list[str]) -> str:
+    cells = [_cell([run[score] for run in scores["test"]]) for score in SCORES]
+    cells += [_cell([run["top1"] for run in scores[other]]) for other in others]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _cell(values: list[float]) -> str:
+    """Mean in percent, and the sample standard deviation where there are several."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
+
+
+def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """The student before stage 2, with its own text tower."""
+    torch.set_num_threads(1)
+    student, scores = students.create(str(folder)), {}
+    student.model.eval()
+    for name, url in sets.items():
+        eval_set = EvalSet(url)
+        loaded = eval_set.load(student.preprocess_cfg)
+        classes = embed_classes(student, eval_set.prompts or [], 256)
+        scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.said), classes)
+    return scores
+
+
+def _saved(config: Config, path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.model_dump_json(indent=1) + "\n")
+    return str(path)

@@ -1,0 +1,61 @@
+"""The bundled samples as a journey: their store, a student, and what the student is held to.
+
+Command: make train
+Machine: 2 CPU cores, no GPU; about 5 minutes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.experiments import steps
+from train import students
+from train.config import load_training
+from train.evaluation.metrics import evaluate
+from train.evaluation.sets import EvalSet
+
+SHARDS = "samples/train/{00000..00003}.tar"
+HELDOUT = "samples/heldout/00000.tar"
+RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--student", default=load_training("sample").student, help=f"one of {', '.join(students.names())}, or a folder"
+    )
+    parser.add_argument("--store", default="stores/samples.zarr")
+    parser.add_argument("--out", type=Path, help="folder that is written (default: runs/STUDENT)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    asked = parser.parse_args(argv)
+    students.find(asked.student)
+    out: Path = asked.out or Path("runs") / Path(asked.student).name
+    print(f"the store {asked.store}: what is not there is written now", file=sys.stderr)
+    command = ["reinforce", "run", SHARDS, "--store", asked.store, "--recipe", "sample", "--workers", "2"]
+    steps.do(command, out / "reinforce.log")
+    fit = ["train", "fit", "--recipe", "sample", "--shards", SHARDS, "--store", asked.store, "--student", asked.student]
+    fit += ["--eval", f"heldout={HELDOUT}"]
+    runs = {"distilled": [], "contrastive": ["--set", "distill=0"]}
+    todo = [(out / n / "report.json", [*fit, "--out", str(out / n), *more]) for n, more in runs.items()]
+    steps.run(todo, f"{asked.student}, distilled and, to compare, from captions alone", at_once=2)
+    found: dict[str, Any] = {
+        "untrained": evaluate(students.create(asked.student), {"heldout": EvalSet(HELDOUT)})["heldout"],
+        **{name: json.loads((out / name / "report.json").read_text())["evaluated"]["heldout"] for name in runs},
+    }
+    print(json.dumps(found) if asked.json else _table(found, out))
+
+
+def _table(found: dict[str, Any], out: Path) -> str:
+    lines = [f"{HELDOUT}: recall in percent, 120 pictures", f"{'':12}" + "".join(f"{name:>19}" for name in RECALLS)]
+    lines += [f"{n:12}" + "".join(f"{100 * m[name]:19.1f}" for name in RECALLS) for n, m in found.items()]
+    lines += [
+        "",
+        f"Student: {out}/distilled/student, an open_clip folder; curves: tensorboard --logdir {out}",
+        f"Next:    python -m train eval {out}/distilled/student heldout={HELDOUT}",
+        f"         python -m train export {out}/distilled/student {out}/export",
+    ]
+    return "\n".join(lines)

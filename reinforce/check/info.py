@@ -1,0 +1,80 @@
+"""What a store holds, in numbers."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from reinforce.config import Recipe
+from reinforce.data.shards import Status
+from reinforce.store.manifest import CLASSES, class_columns, columns
+from reinforce.store.store import Store
+
+
+def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
+    """Every group with the columns it has to have: the class texts', then each shard's."""
+    if recipe.class_sets:
+        yield CLASSES, class_columns(recipe)
+    for shard in store.shards():
+        yield shard, columns(recipe)
+
+
+def info(url: str) -> dict[str, Any]:
+    """Counts, sets, bytes and missing columns. Embeddings are counted raw (2 bytes a number) and as stored."""
+    store = Store(url)
+    manifest = store.promised()
+    recipe = manifest.parsed_recipe()
+    quarantined: Counter[str] = Counter()
+    samples = valid = total = raw = stored = 0
+    missing = []
+    for group, wanted in groups(store, recipe):
+        absent = store.missing(group, wanted)
+        missing += [f"{group}/{column}" for column in absent]
+        present = [column for column in wanted if column not in absent]
+        if "status" in present:
+            statuses = store.read(group, "status")
+            samples += len(statuses)
+            valid += int((statuses == Status.GOOD).sum())
+            quarantined.update(Status(int(status)).reason for status in statuses if status != Status.GOOD)
+        for column in present:
+            size = store.stored_bytes(group, column)
+            total += size
+            if column.rsplit("/", 1)[-1] in recipe.teachers:
+                stored += size
+                raw += 2 * int(np.prod(store.open_array(group, column).shape))
+    return {
+        "format_version": manifest.format_version,
+        "recipe": recipe.name,
+        "recipe_fingerprint": manifest.fingerprint,
+        "weights": recipe.weights,
+        "shards": len(store.shards()),
+        "samples": samples,
+        "valid": valid,
+        "quarantined": dict(sorted(quarantined.items())),
+        "view_sets": {n: {"views": v.num_views, "teachers": [*recipe.teachers]} for n, v in recipe.view_sets.items()},
+        "text_sets": {
+            name: {"captions": num, "teachers": [*recipe.teachers]}
+            for name, num in [
+                *([("original", recipe.num_original_captions)] if recipe.num_original_captions else []),
+                *((name, captioner.num_captions) for name, captioner in recipe.captioners.items()),
+            ]
+        },
+        "class_sets": {
+            name: {"classes": len(c.classnames), "templates": len(c.templates), "teachers": [*recipe.teachers]}
+            for name, c in recipe.class_sets.items()
+        },
+        "bytes": {"total": total, "embeddings_raw": raw, "embeddings_stored": stored},
+        "missing_columns": missing,
+    }
+
+
+def quarantine(url: str) -> Iterator[dict[str, str]]:
+    """Shard, key and reason of every sample that is not used."""
+    store = Store(url)
+    store.promised()
+    for shard in store.shards():
+        if store.has(shard, "key") and store.has(shard, "status"):
+            for key, status in zip(store.read(shard, "key"), store.read(shard, "status"), strict=True):
+                if status != Status.GOOD:
+                    yield {"shard": shard, "key": str(key), "reason": Status(int(status)).reason}

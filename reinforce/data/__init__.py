@@ -1,0 +1,1 @@
+"""The samples: tars, images, and the views that are drawn from them."""

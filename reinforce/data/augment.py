@@ -1,0 +1,161 @@
+"""Views of an image: parameters drawn once, and the pixels they stand for, the same on any machine.
+
+A view is a RandomResizedCrop and then RandAugment (Cubuk et al. 2020, arXiv 1909.13719), pixel for pixel as torchvision
+makes them of PIL images: bicubic resizing, then operations with nearest interpolation and black fill. But a translation
+is a share of the view's side, where torchvision has pixels: so parameters drawn for one size of view show the same
+scene at every other.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from reinforce.config import ViewSet
+from reinforce.data import draws
+from reinforce.errors import ReplayError
+
+NUM_TRIES = 10  # for a crop that fits in the image, before the central one is taken
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation of RandAugment. `levels` are its magnitudes, in `unit`, at the 31 bins; a signed one is negated in
+    half of the draws."""
+
+    name: str
+    unit: str
+    signed: bool
+    levels: tuple[float, ...]
+    apply: Callable[[Image.Image, float], Image.Image]
+
+
+def _ramp(start: float, end: float) -> tuple[float, ...]:
+    # torch.linspace(start, end, 31) to the last bit of its float32: Pillow truncates, so that bit shows in pixels.
+    first, last = float(np.float32(start)), float(np.float32(end))
+    step = float(np.float32(last - first) / np.float32(30))
+    level = np.arange(31.0)
+    from_the_nearer_end = np.where(level < 15, first + step * level, last - step * (30 - level))
+    return tuple(from_the_nearer_end.astype(np.float32).tolist())
+
+
+def _affine(view: Image.Image, *matrix: float) -> Image.Image:
+    return view.transform(view.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+
+
+def _pixels(share: float, side_px: int) -> int:
+    # Less than a thousandth of a pixel is float32's noise, which would make 44 of 45 pixels in a view of 331.
+    return int(round(share * side_px, 3))
+
+
+# fmt: off
+OPS = (  # An operation's place is its id in every store: never move one.
+    Op("Identity", "none", False, _ramp(0, 0), lambda view, m: view),
+    Op("ShearX", "tangent", True, _ramp(0, 0.3), lambda view, m: _affine(view, 1, m, 0, 0, 1, 0)),
+    Op("ShearY", "tangent", True, _ramp(0, 0.3), lambda view, m: _affine(view, 1, 0, 0, m, 1, 0)),
+    Op("TranslateX", "share of the view's side", True, _ramp(0, 150 / 331),
+       lambda view, m: _affine(view, 1, 0, -_pixels(m, view.width), 0, 1, 0)),
+    Op("TranslateY", "share of the view's side", True, _ramp(0, 150 / 331),
+       lambda view, m: _affine(view, 1, 0, 0, 0, 1, -_pixels(m, view.height))),
+    Op("Rotate", "degrees", True, _ramp(0, 30), lambda view, m: view.rotate(m, Image.Resampling.NEAREST)),
+    Op("Brightness", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Brightness(view).enhance(1 + m)),
+    Op("Color", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Color(view).enhance(1 + m)),
+    Op("Contrast", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Contrast(view).enhance(1 + m)),
+    Op("Sharpness", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Sharpness(view).enhance(1 + m)),
+    Op("Posterize", "bits", False, tuple(8.0 - round(level / 7.5) for level in range(31)),
+       lambda view, m: ImageOps.posterize(view, int(m))),
+    Op("Solarize", "threshold of 255", False, _ramp(255, 0), lambda view, m: ImageOps.solarize(view, math.ceil(m))),
+    Op("AutoContrast", "none", False, _ramp(0, 0), lambda view, m: ImageOps.autocontrast(view)),
+    Op("Equalize", "none", False, _ramp(0, 0), lambda view, m: ImageOps.equalize(view)),
+)
+# fmt: on
+
+
+def fields(view_set: ViewSet) -> list[dict[str, str]]:
+    """Name and unit of each of the P = 4 + 2 * num_ops parameters of a view, in order."""
+    ids = ", ".join(f"{op_id} {op.name}" for op_id, op in enumerate(OPS))
+    units = ", ".join(f"{op.name} {op.unit}" for op in OPS)
+    table = [{"name": name, "unit": "pixels of the image"} for name in ("top", "left", "height", "width")]
+    for i in range(1, view_set.num_ops + 1):
+        table += [{"name": f"op_{i}", "unit": f"id: {ids}"}, {"name": f"magnitude_{i}", "unit": f"by op_{i}: {units}"}]
+    return table
+
+
+def draw(view_set: ViewSet, seed: int, set_name: str, key: str, index: int, size: tuple[int, int]) -> np.ndarray:
+    """Parameters (P,) float32 of view `index` of sample `key`, whose image has `size` (height, width) in pixels.
+
+    Of the uniforms of this name, 20 are area and ratio of ten tries at a crop, two are its top and left, and two more
+    for each operation are its id and sign.
+    """
+    num_crop = 2 * NUM_TRIES + 2
+    uniforms = draws.uniforms(seed, f"view/{set_name}", key, index, num_crop + 2 * view_set.num_ops).tolist()
+    params: list[float] = [*_crop(view_set, size, uniforms[:num_crop])]
+    for u_op, u_sign in zip(uniforms[num_crop::2], uniforms[num_crop + 1 :: 2], strict=True):
+        op_id = int(u_op * len(OPS))
+        magnitude = OPS[op_id].levels[view_set.magnitude]
+        params += [op_id, -magnitude if OPS[op_id].signed and u_sign < 0.5 else magnitude]
+    return np.array(params, dtype=np.float32)
+
+
+def _crop(view_set: ViewSet, size: tuple[int, int], uniforms: list[float]) -> tuple[int, int, int, int]:
+    (full_height, full_width), (low, high), (narrow, wide) = size, view_set.scale, view_set.ratio
+    *tries, u_top, u_left = uniforms
+    for u_area, u_ratio in zip(tries[::2], tries[1::2], strict=True):
+        area = full_height * full_width * (low + u_area * (high - low))
+        ratio = narrow * (wide / narrow) ** u_ratio
+        height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < height <= full_height and 0 < width <= full_width:
+            return int(u_top * (full_height - height + 1)), int(u_left * (full_width - width + 1)), height, width
+    # As torchvision falls back; but where that leaves no pixel, one.
+    height = min(full_height, max(1, round(full_width / narrow)))
+    width = min(full_width, max(1, round(full_height * wide)))
+    return (full_height - height) // 2, (full_width - width) // 2, height, width
+
+
+def replay(image: Image.Image, params: np.ndarray, size: tuple[int, int], view_px: int) -> np.ndarray:
+    """The view (view_px, view_px, 3) uint8 that `params` (P,) stand for.
+
+    `size` is (height, width) in pixels of the image they were drawn for. Raises ReplayError if `image` is not RGB of
+    this size, or if `params` are no view of such an image.
+    """
+    if image.mode != "RGB" or (image.height, image.width) != tuple(size):
+        raise ReplayError(
+            f"the view was drawn for an RGB image of {size[0]} x {size[1]} pixels (height x width), and this one is "
+            f"{image.mode} of {image.height} x {image.width}: give the image as it was, not a resized copy"
+        )
+    (top, left, height, width), ops = _parse(params, size)
+    crop = image.crop((left, top, left + width, top + height))
+    # Width first, by our word: from version 13 Pillow would take a tall crop's height first, which rounds differently.
+    view = crop.resize((view_px, height), Image.Resampling.BICUBIC).resize((view_px, view_px), Image.Resampling.BICUBIC)
+    for op, magnitude in ops:
+        view = op.apply(view, magnitude)
+    return np.array(view)
+
+
+def _parse(params: np.ndarray, size: tuple[int, int]) -> tuple[list[int], list[tuple[Op, float]]]:
+    values = [float(value) for value in params]
+    if len(values) < 4 or len(values) % 2 or not all(value.is_integer() for value in values[:4] + values[4::2]):
+        raise ReplayError(f"{values} are no parameters of a view; verify the store they come from")
+    top, left, height, width = crop = [int(value) for value in values[:4]]
+    if min(top, left, height - 1, width - 1) < 0 or top + height > size[0] or left + width > size[1]:
+        raise ReplayError(f"crop (top, left, height, width) {crop} is not in an image of {size[0]} x {size[1]} pixels")
+    ops = []
+    for op_id, magnitude in zip(values[4::2], values[5::2], strict=True):
+        if not 0 <= op_id < len(OPS):
+            raise ReplayError(f"no operation has id {op_id:.0f}, they end at {len(OPS) - 1}; verify the store")
+        op = OPS[int(op_id)]
+        low, high = sorted((op.levels[0], op.levels[-1]))
+        if not low <= (abs(magnitude) if op.signed else magnitude) <= high:
+            raise ReplayError(f"magnitude {magnitude} of {op.name} is not in {low} to {high} {op.unit}")
+        ops.append((op, magnitude))
+    return crop, ops
+
+
+def pixel_hash(view: np.ndarray) -> int:
+    """Replay proof of a view (H, W, 3) uint8: 64 bits of blake2b over its shape and bytes."""
+    digest = hashlib.blake2b(np.array(view.shape, dtype="<u8").tobytes(), digest_size=8)
+    digest.update(np.ascontiguousarray(view).data)
+    return int.from_bytes(digest.digest(), "little")

@@ -1,0 +1,1 @@
+"""Frozen models: teachers, captioners, and the one door to open_clip."""

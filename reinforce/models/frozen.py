@@ -1,0 +1,162 @@
+"""An open_clip model, loaded, checked, and named by a digest of its weights.
+
+Teachers and captioners are both of this kind.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reinforce.config import Model, Teacher
+from reinforce.errors import ConfigError
+from reinforce.models import prompts
+from reinforce.models.open_clip import get_tokenizer, open_clip
+
+SCHEMAS = ("local-dir:", "hf-hub:")
+
+
+class FrozenModel:
+    """An open_clip model that only answers: weights, tokenizer, preprocessing and precision as loaded.
+
+    Raises ConfigError where model, weights and preprocessing do not belong together.
+    """
+
+    def __init__(self, config: Model, device: torch.device, random_seed: int | None = None) -> None:
+        """`random_seed`: initialise the architecture from it and read no weights."""
+        self.device = device
+        self.precision = config.precision
+        if config.precision == "auto":
+            self.precision = "bf16" if device.type == "cuda" else "fp32"
+        _check(config, random_seed)
+        self.model = _create(config, random_seed)
+        self.weights = "random" if random_seed is not None else "pretrained"
+        self.digest = weights_digest(self.model)
+        self.prompts: prompts.Prompts | None = None
+        if isinstance(config, Teacher) and config.prompts:
+            loaded = prompts.load(Path(config.prompts), config.model, self.digest)
+            self.take(loaded.requires_grad_(False).to(device))
+            self.digest = hashlib.sha256(f"{self.digest} {loaded.digest()}".encode()).hexdigest()
+        self.model.eval().requires_grad_(False).to(device)
+        self.tokenizer = get_tokenizer(config.model)
+        self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
+        self.image_px = _square(config, self.preprocess_cfg["size"])
+        self._mean, self._std = (
+            torch.tensor(self.preprocess_cfg[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std")
+        )
+
+    def take(self, added: prompts.Prompts) -> None:
+        """Let both towers see prompts, and texts make room for them. Raises ConfigError where they do not fit."""
+        added.attach(self.model)
+        self.prompts = added
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) on any device -> float32 (B, 3, H, W) on the model's, in the units it was trained in."""
+        return (pixels.to(self.device).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """n texts -> token ids (n, T), with room for the prompts where there are some. Long texts are cut."""
+        tokens: Tensor = self.tokenizer(texts)
+        return self.prompts.make_room(tokens) if self.prompts else tokens
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic the manifest promises: bf16 autocast, or plain fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def describe(self) -> dict[str, Any]:
+        """What about this model decides the bytes it writes."""
+        return {
+            "weights": self.weights,
+            "weights_sha256": self.digest,
+            "precision": self.precision,
+            "image_px": self.image_px,
+            "mean": list(self.preprocess_cfg["mean"]),
+            "std": list(self.preprocess_cfg["std"]),
+            "tokenizer": type(self.tokenizer).__name__,
+            "vocab_size": self.tokenizer.vocab_size,
+            "context_length": self.tokenizer.context_length,
+        }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check(config: Model, random_seed: int | None) -> None:
+    """What can be known to be wrong before anything is downloaded or built."""
+    if config.model.startswith(SCHEMAS):
+        if config.pretrained:
+            raise ConfigError(f"{config.model} brings its own weights; remove pretrained={config.pretrained}")
+        folder = config.model.removeprefix("local-dir:")
+        if config.model.startswith("local-dir:") and not Path(folder, "open_clip_config.json").is_file():
+            raise ConfigError(f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder")
+        return
+    if config.model not in open_clip.list_models():
+        raise ConfigError(
+            f"open_clip has no model '{config.model}'; its names: "
+            "python -c 'from reinforce.models.open_clip import open_clip; print(open_clip.list_models())'"
+        )
+    tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
+    if tag:
+        _check_activation(config, bool(tag.get("quick_gelu", False)))
+    elif random_seed is None and not (config.pretrained and os.path.isfile(config.pretrained)):
+        tags = open_clip.list_pretrained_tags_by_model(config.model)
+        raise ConfigError(f"{config.model}: '{config.pretrained}' is neither a file nor a tag; tags: {', '.join(tags)}")
+
+
+def _check_activation(config: Model, weights_quick_gelu: bool) -> None:
+    # open_clip only warns, and then runs a teacher that differs from the one that was trained.
+    model_quick_gelu = bool((open_clip.get_model_config(config.model) or {}).get("quick_gelu", False))
+    if model_quick_gelu != weights_quick_gelu:
+        trained = "QuickGELU" if weights_quick_gelu else "GELU"
+        other = f"{config.model}-quickgelu" if weights_quick_gelu else config.model.removesuffix("-quickgelu")
+        raise ConfigError(
+            f"{config.model},{config.pretrained}: the weights were trained with {trained} "
+            f"and the model would run with the other; use {other},{config.pretrained}"
+        )
+
+
+def _create(config: Model, random_seed: int | None) -> Any:
+    preprocess: dict[str, Any] = {}
+    if random_seed is not None and config.pretrained:
+        tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
+        preprocess = {k: tag[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in tag}
+    if isinstance(config, Teacher):
+        preprocess |= {k: v for k, v in (("mean", config.image_mean), ("std", config.image_std)) if v}
+    if random_seed is not None:
+        torch.manual_seed(random_seed)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        model = open_clip.create_model(
+            config.model,
+            pretrained=None if random_seed is not None else config.pretrained,
+            load_weights=random_seed is None,
+            require_pretrained=random_seed is None,
+            pretrained_text=False,
+            force_preprocess_cfg=preprocess,
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # what open_clip raises for files it cannot get, read or fit
+        raise ConfigError(f"{config.model},{config.pretrained} cannot be loaded: {error}") from error
+    if random_seed is not None and isinstance(model, open_clip.CoCa):
+        head = model.text_decoder.text_projection  # open_clip leaves it as the memory was
+        nn.init.normal_(head, std=head.shape[0] ** -0.5)
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise ConfigError(f"{config.model},{config.pretrained}: the weights hold NaN or infinity; get the file again")
+    return model
+
+
+def _square(config: Model, size: int | tuple[int, int]) -> int:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ConfigError(f"{config.model} takes {height} x {width} images; only square ones are supported")
+    return height

@@ -1,0 +1,71 @@
+"""K frozen CLIP models: images or texts in, unit embeddings out, one array per teacher."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reinforce.config import ClassSet
+from reinforce.config import Teacher as TeacherConfig
+from reinforce.models.frozen import FrozenModel
+
+
+class Teacher:
+    """One frozen CLIP. Every forward pass has the same shape: a short batch is padded and the padding dropped,
+    because kernels are chosen by shape and a row's last bit can depend on the kernel."""
+
+    def __init__(
+        self, config: TeacherConfig, batch_size: int, device: torch.device, random_seed: int | None = None
+    ) -> None:
+        self.frozen = FrozenModel(config, device, random_seed)
+        self.batch_size = batch_size
+        self.logit_scale = float(self.frozen.model.logit_scale.exp())
+        self.width = self.encode_texts([""]).shape[1]
+
+    @property
+    def image_px(self) -> int:
+        return self.frozen.image_px
+
+    def encode_images(self, views: np.ndarray) -> np.ndarray:
+        """uint8 (n, image_px, image_px, 3), n at most the batch size -> bfloat16 (n, D), unit norm before rounding."""
+        pixels = self._padded(torch.from_numpy(views))
+        with torch.inference_mode(), self.frozen.autocast():
+            features = self.frozen.model.encode_image(self.frozen.normalise(pixels))
+        return _rounded(_unit(features)[: len(views)])
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """n texts, at most the batch size -> bfloat16 (n, D), unit norm before rounding. Long texts are cut."""
+        return _rounded(self._encode_texts(texts))
+
+    def encode_classes(self, classes: ClassSet) -> np.ndarray:
+        """bfloat16 (C, D): for each class the mean of its templates' embeddings, unit norm before rounding."""
+        texts = classes.texts()
+        parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
+        features = torch.cat([self._encode_texts(part) for part in parts])
+        by_class = features.view(len(classes.classnames), -1, self.width)
+        return _rounded(F.normalize(by_class.mean(1), dim=-1))
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of this teacher."""
+        return self.frozen.describe() | {"width": self.width, "logit_scale": self.logit_scale}
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        """float32 (n, D), unit norm."""
+        tokens = self._padded(self.frozen.tokenize(texts))
+        with torch.inference_mode(), self.frozen.autocast():
+            features = self.frozen.model.encode_text(tokens.to(self.frozen.device))
+        return _unit(features)[: len(texts)]
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows), *rows.shape[1:])])
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1)
+
+
+def _rounded(unit: Tensor) -> np.ndarray:
+    return unit.to(torch.bfloat16).cpu().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

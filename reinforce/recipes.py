@@ -1,0 +1,136 @@
+"""Recipes, by name or by path: where they lie, what they hold, and `--set` over them.
+
+A recipe is a Python file, or JSON. The file is run as data: it is never imported, so that this package knows nothing of
+the one above it, and a user's recipe may lie anywhere. It says up to three things,
+
+    RECIPE      a `Recipe`: what `clip-reinforce run` writes into a store
+    TRAINING    settings of `clip-train fit`, a dict
+    ADAPTATION  settings of `clip-train adapt`, a dict
+
+of which the last two are read by the trainer, who knows what they mean.
+"""
+
+import difflib
+import json
+import runpy
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from reinforce.config import Config, Recipe, near, parse, sentences
+from reinforce.errors import ConfigError
+
+FOLDER = Path(__file__).parent.parent / "pipelines"
+T = TypeVar("T", bound=Config)
+
+
+def load_recipe(name: str, overrides: list[str] = []) -> Recipe:
+    """The `RECIPE` called `name`, with `dotted.key=value` overrides. Raises ConfigError."""
+    return load(Recipe, "RECIPE", name, overrides)
+
+
+def load(kind: type[T], constant: str, name: str | None, overrides: list[str] = []) -> T:
+    """The settings of this kind that a recipe has as `constant`, with overrides; without a name, the defaults.
+
+    `name` is that of a recipe of this project, or a path: `mine.py`, or `mine.json` with the settings themselves.
+    Raises ConfigError that says what is wrong and which names or keys come near.
+    """
+    where = "the request" if name is None else f"recipe {name}"
+    # Whole, so that what a recipe leaves out can be overridden, too.
+    tree = parse(kind, {} if name is None else _tree(constant, name), where).model_dump(mode="json")
+    for override in overrides:
+        _override(tree, override)
+    return parse(kind, tree, where)
+
+
+def listed(constant: str = "RECIPE") -> dict[str, str]:
+    """Name and first sentence of every recipe of this project that has such a constant."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        if not path.stem.startswith("_") and constant in (values := _values(path)):
+            found[path.stem] = (values["__doc__"] or "").strip().partition("\n")[0]
+    return found
+
+
+def choice(constant: str = "RECIPE") -> str:
+    """The same as lines of text, for help and messages."""
+    recipes = listed(constant)
+    width = max(map(len, recipes))
+    return "\n".join(f"  {name.ljust(width)}  {phrase}" for name, phrase in recipes.items())
+
+
+def _tree(constant: str, name: str) -> Any:
+    """The settings as plain data, not yet checked."""
+    if not name:
+        raise ConfigError(f"the recipe has no name; give one of these, or a path to your own\n{choice(constant)}")
+    if name.endswith(".json"):
+        return _json(Path(name))
+    if name.endswith(".py") or "/" in name:
+        path = Path(name)
+    else:
+        path = FOLDER / f"{name}.py"
+        if name not in (known := listed(constant)):
+            close = difflib.get_close_matches(name, known, n=3)
+            own = f"; did you mean ./{name}.py?" if Path(f"{name}.py").is_file() else ""
+            raise ConfigError(
+                f"no recipe '{name}' with a {constant}"
+                + (own or (f"; did you mean {' or '.join(close)}?" if close else ""))
+                + f"\nRecipes of this project (or give a path to your own):\n{choice(constant)}"
+            )
+    if not path.is_file():
+        raise ConfigError(f"recipe {name}: no such file")
+    values = _values(path)
+    if constant not in values:
+        raise ConfigError(f"recipe {name} has no {constant}; write one, as {FOLDER.name}/datacompdr_12m.py does")
+    value = values[constant]
+    return value.model_dump(mode="json") if isinstance(value, Config) else value
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"recipe {path} is not JSON: {error}") from None
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """What a recipe's file defines. It is a program: whatever it raises is told as a fault of the recipe."""
+    try:
+        return runpy.run_path(str(path))
+    except ValidationError as error:
+        raise ConfigError(f"recipe {path} is not valid:\n  {sentences(error)}") from None
+    except Exception as error:
+        raise ConfigError(f"recipe {path}{_line(error, path)}: {type(error).__name__}: {error}") from error
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """`, line N`: the last line of the file that was run before it raised."""
+    number = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            number = trace.tb_lineno
+        trace = trace.tb_next
+    return f", line {number}" if number else ""
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: write it as dotted.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *path, last = dotted.split(".")
+    node: Any = tree
+    for step in path:
+        if not isinstance(node, dict) or step not in node:
+            raise ConfigError(f"--set {override}: no key '{step}'{near(step, node)}")
+        node = node[step]
+    if not isinstance(node, dict) or last not in node:
+        raise ConfigError(f"--set {override}: no key '{last}'{near(last, node)}")
+    node[last] = value

@@ -1,0 +1,105 @@
+"""What the models eat: a shard as batches of decoded pictures, a batch as views, made ahead of need in threads."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from reinforce.config import ViewSet
+from reinforce.data import augment, images, shards
+from reinforce.data.shards import Sample, Shard, Status
+from reinforce.errors import SampleError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Rows:
+    """What is known of every sample of a shard, good or not, in the tar's order."""
+
+    keys: list[str] = field(default_factory=list)
+    statuses: list[Status] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # height, width; 0, 0 where not decoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Good samples that go through the models together, and where they stand in the shard."""
+
+    rows: list[int] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class View:
+    """View `index` of a batch of n samples: `params` (n, P) and, for each side in pixels, uint8 (n, side, side, 3)."""
+
+    index: int
+    params: np.ndarray
+    pixels: dict[int, np.ndarray]
+
+
+def batches(shard: Shard, rows: Rows, batch_size: int, captioned: bool, pool: Executor) -> Iterator[Batch]:
+    """Decodes every sample once and notes it in `rows`; yields the good ones. Composition depends on the tar alone."""
+    batch = Batch()
+    samples = shards.read(shard, captioned)
+    while group := list(islice(samples, batch_size)):
+        for sample, (status, picture) in zip(group, pool.map(_decode, group), strict=True):
+            rows.keys.append(sample.key)
+            rows.statuses.append(status)
+            rows.sizes.append((picture.height, picture.width) if picture else (0, 0))
+            if picture:
+                batch.rows.append(len(rows.keys) - 1)
+                batch.samples.append(sample)
+                batch.pictures.append(picture)
+            if len(batch.rows) == batch_size:
+                yield batch
+                batch = Batch()
+    if batch.rows:
+        yield batch
+
+
+def views(
+    batch: Batch, view_set: ViewSet, set_name: str, seed: int, sides: Iterable[int], pool: Executor
+) -> Iterator[View]:
+    """The views of a batch, one index after the other, each replayed at every side that somebody needs."""
+
+    def make(sample: Sample, picture: Image.Image, index: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        size = (picture.height, picture.width)
+        params = augment.draw(view_set, seed, set_name, sample.key, index, size)
+        return params, {side: augment.replay(picture, params, size, side) for side in sides}
+
+    for index in range(view_set.num_views):
+        made = list(pool.map(make, batch.samples, batch.pictures, [index] * len(batch.rows)))
+        pixels = {side: np.stack([replayed[side] for _, replayed in made]) for side in sides}
+        yield View(index, np.stack([params for params, _ in made]), pixels)
+
+
+def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items, of which `depth` are made ahead of need in a thread. Starts at once, not at the first item."""
+    thread = ThreadPoolExecutor(1)
+    done = object()
+    pending = deque(thread.submit(next, items, done) for _ in range(depth))
+
+    def taken() -> Iterator[T]:
+        with thread:
+            while (item := pending.popleft().result()) is not done:
+                pending.append(thread.submit(next, items, done))
+                yield item  # type: ignore[misc]
+
+    return taken()
+
+
+def _decode(sample: Sample) -> tuple[Status, Image.Image | None]:
+    if sample.status != Status.GOOD:
+        return sample.status, None
+    try:
+        return Status.GOOD, images.decode(sample.image)
+    except SampleError as error:
+        return Status(error.status), None

@@ -1,0 +1,92 @@
+"""A run: what is missing is handed out, what comes back is counted.
+
+The store is the only record of progress, so a driver can be killed and started again; it finds what is missing and
+goes on.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from reinforce.config import Recipe, RunOptions
+from reinforce.data.shards import Shard, expand
+from reinforce.errors import ConfigError
+from reinforce.run.on_ray import Crew
+from reinforce.run.progress import Progress
+from reinforce.run.reports import RunReport, ShardReport
+from reinforce.store.manifest import CLASSES, class_columns, columns
+from reinforce.store.store import Store
+
+if TYPE_CHECKING:
+    from reinforce.run.worker import Worker
+
+
+def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> RunReport:
+    """Reinforce every shard that `patterns` names and the store does not hold whole.
+
+    Raises ConfigError and ManifestMismatch before any work; shards that fail are in the report.
+    """
+    start = time.monotonic()
+    low, high = _worker_range(options)
+    listed = expand(patterns)
+    store = Store(store_url)
+    manifest = store.manifest()
+    if manifest:
+        manifest.check_recipe(recipe, store_url)
+    wanted = columns(recipe)
+    with ThreadPoolExecutor(16) as pool:
+        missing = list(pool.map(lambda shard: bool(store.missing(shard.name, wanted)), listed))
+    todo = [shard for shard, is_missing in zip(listed, missing, strict=True) if is_missing]
+    report = RunReport(store_url, len(listed), len(listed) - len(todo))
+    if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
+        crew = Crew(store_url, recipe, options, low, high) if high and todo else None
+        answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options)
+        with Progress(len(todo)) as progress:
+            for shard_report, attempts in answers:
+                progress.add(shard_report)
+                report.add(shard_report, attempts)
+        report.workers_lost = crew.num_lost if crew else 0
+    store.sweep({shard.name for shard in listed})
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _here(todo: list[Shard], store_url: str, recipe: Recipe, options: RunOptions) -> Iterator[tuple[ShardReport, int]]:
+    """Without Ray: one worker in this process."""
+    from reinforce.run.worker import Worker  # loads torch and open_clip: not for a run that finds nothing to do
+
+    worker = Worker(recipe, store_url, options)
+    with ThreadPoolExecutor(options.shards_in_flight) as pool:
+        yield from pool.map(lambda shard: _tried(worker, shard, options.attempts), todo)
+
+
+def _tried(worker: "Worker", shard: Shard, attempts: int) -> tuple[ShardReport, int]:
+    for attempt in range(1, attempts + 1):
+        try:
+            return worker.reinforce(shard), attempt
+        except OSError as error:
+            reason = f"{type(error).__name__}: {error}"
+    return ShardReport(shard.name, error=reason), attempts
+
+
+def _worker_range(options: RunOptions) -> tuple[int, int]:
+    """`N`, `MIN:MAX` or `auto` -> (low, high); high is 0 for no Ray."""
+    if options.workers == "auto":
+        return (1, 1_000_000) if os.environ.get("RAY_ADDRESS") else (1, max(1, _local_devices(options)))
+    low, colon, high = options.workers.partition(":")
+    if not low.isdigit() or (colon and not high.isdigit()):
+        raise ConfigError(f"--workers {options.workers}: write a number, MIN:MAX, auto, or 0 for no Ray")
+    bounds = int(low), int(high) if colon else int(low)
+    if bounds[0] > bounds[1] or (colon and not bounds[0]):
+        raise ConfigError(f"--workers {options.workers}: MIN must be at least 1 and at most MAX")
+    return bounds
+
+
+def _local_devices(options: RunOptions) -> int:
+    import torch
+
+    if options.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return os.cpu_count() or 1

@@ -1,0 +1,176 @@
+"""The only file that knows Ray: an elastic crew of workers, one actor each.
+
+Names of shards and counts travel through Ray, never pixels or embeddings, so that its object store stays empty.
+"""
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reinforce.config import Recipe, RunOptions
+from reinforce.data.shards import Shard
+from reinforce.errors import ConfigError, ManifestMismatch, MissingExtra, ReinforceError
+from reinforce.run.reports import ShardReport
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0  # how often the crew is looked over when nothing happens
+_PATIENCE_S = 60.0  # without any worker for so long, say so
+_MAX_FAILED_STARTS = 3  # workers in a row that died before they were ready
+
+
+class RemoteWorker:
+    """A Worker in a process of its own, as a Ray actor. Loading is a call, so that its errors keep their type."""
+
+    def load(self, recipe: Recipe, store_url: str, options: RunOptions, folder: str) -> None:
+        if Path(folder).is_dir():
+            os.chdir(folder)  # the recipe's model folders are relative to where the run was started
+        from reinforce.run.worker import Worker
+
+        self.worker = Worker(recipe, store_url, options)
+
+    def reinforce(self, shard: Shard) -> ShardReport:
+        return self.worker.reinforce(shard)
+
+
+@dataclass
+class _Member:
+    """One actor: not ready while `loading` is set; `shards` are the calls it has not answered."""
+
+    actor: Any
+    loading: Any
+    shards: dict[Any, Shard] = field(default_factory=dict)
+
+
+class Crew:
+    """Between `low` and `high` actors. A lost one costs the shards it held another try, and is replaced."""
+
+    def __init__(self, store_url: str, recipe: Recipe, options: RunOptions, low: int, high: int) -> None:
+        self.arguments = (recipe, _absolute(store_url), options, str(Path.cwd()))
+        self.options, self.low, self.high = options, low, high
+        self.members: list[_Member] = []
+        self.num_lost = 0
+        self._failed_starts = 0
+
+    def reinforce(self, todo: list[Shard]) -> Iterator[tuple[ShardReport, int]]:
+        """Each shard's last report and its number of tries, as they come."""
+        self.ray = _ray(self.high)
+        on_gpu = self.options.device == "cuda" or (
+            self.options.device == "auto" and self.ray.cluster_resources().get("GPU", 0) >= 1
+        )
+        self.needs = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
+        self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
+        self.queue = deque(todo)
+        self.tries: Counter[str] = Counter()
+        try:
+            yield from self._rounds(len(todo))
+        finally:
+            self.ray.shutdown()
+
+    def _rounds(self, num_left: int) -> Iterator[tuple[ShardReport, int]]:
+        waiting_since = time.monotonic()
+        while num_left:
+            self._hire(num_left)
+            self._assign()
+            calls = [ref for m in self.members for ref in ([m.loading] if m.loading else m.shards)]
+            done, _ = self.ray.wait(calls, timeout=_TICK_S)
+            for report in self._answers(done):
+                num_left -= 1
+                yield report, self.tries[report.shard]
+            if any(not member.loading for member in self.members):
+                waiting_since = time.monotonic()
+            elif time.monotonic() - waiting_since > _PATIENCE_S:
+                log.warning("no worker is ready yet; each needs %s, the cluster has %s", self.needs, self._free())
+                waiting_since = time.monotonic()
+
+    def _hire(self, num_left: int) -> None:
+        """As many actors as are demanded, and more while the cluster has room for them at once."""
+        wanted = min(self.low, num_left)
+        if len(self.members) < min(self.high, num_left) and not any(m.loading for m in self.members):
+            wanted = max(wanted, min(self.high, num_left, len(self.members) + self._free()))
+        while len(self.members) < wanted:
+            actor = self.remote.remote()
+            self.members.append(_Member(actor, actor.load.remote(*self.arguments)))
+
+    def _free(self) -> int:
+        resource = "GPU" if "num_gpus" in self.needs else "CPU"
+        return int(self.ray.available_resources().get(resource, 0))
+
+    def _assign(self) -> None:
+        """Everyone one shard first; a second to read ahead only while there is enough for all."""
+        ready = [member for member in self.members if not member.loading]
+        for depth in range(1, self.options.shards_in_flight + 1):
+            for member in ready:
+                if self.queue and len(member.shards) < depth and (depth == 1 or len(self.queue) >= len(self.members)):
+                    shard = self.queue.popleft()
+                    self.tries[shard.name] += 1
+                    member.shards[member.actor.reinforce.remote(shard)] = shard
+
+    def _answers(self, done: list[Any]) -> Iterator[ShardReport]:
+        for member in list(self.members):
+            for ref in [ref for ref in done if ref is member.loading or ref in member.shards]:
+                if member not in self.members:
+                    break  # lost a moment ago, and its shards are in the queue again
+                try:
+                    answer = self.ray.get(ref)
+                except self.ray.exceptions.RayTaskError as error:
+                    yield from self._raised(member, ref, error)
+                except self.ray.exceptions.RayError as error:
+                    yield from self._lost(member, error)
+                else:
+                    if member.loading:
+                        member.loading, self._failed_starts = None, 0
+                    else:
+                        del member.shards[ref]
+                        yield answer
+
+    def _raised(self, member: _Member, ref: Any, error: Any) -> Iterator[ShardReport]:
+        """The worker lives, its call raised: a request that is wrong ends the run, a shard gets another try."""
+        if member.loading or isinstance(error.cause, (ConfigError, ManifestMismatch)):
+            raise error.cause if isinstance(error.cause, ReinforceError) else error
+        yield from self._again(member.shards.pop(ref), f"{type(error.cause).__name__}: {error.cause}")
+
+    def _lost(self, member: _Member, error: Exception) -> Iterator[ShardReport]:
+        """The worker or its node is gone."""
+        self.members.remove(member)
+        self.num_lost += 1
+        self._failed_starts += bool(member.loading)
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise ReinforceError(f"{self._failed_starts} workers in a row died while they loaded the models: {error}")
+        log.warning("lost a worker with %d shards: %s", len(member.shards), str(error).splitlines()[0])
+        for shard in member.shards.values():
+            yield from self._again(shard, "its worker died (out of memory, killed, or its node was lost)")
+
+    def _again(self, shard: Shard, reason: str) -> Iterator[ShardReport]:
+        if self.tries[shard.name] < self.options.attempts:
+            self.queue.append(shard)
+        else:
+            yield ShardReport(shard.name, error=reason)
+
+
+def _ray(num_workers: int) -> Any:
+    """Ray, connected: to RAY_ADDRESS where it is set, else to a private one on this machine, never a remembered one."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra(
+            "Ray is not installed: pip install 'clip-reinforce[reinforce]', or use --workers 0 to work without it"
+        ) from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    return ray
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url or "::" in url else os.path.abspath(url)

@@ -1,0 +1,218 @@
+"""One shard in, its missing columns out. Knows nothing of Ray.
+
+A worker that is given two shards at a time reads the one while it computes the other, and computes while it writes.
+"""
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from reinforce.config import Recipe, RunOptions
+from reinforce.data import augment
+from reinforce.data.shards import Shard, Status
+from reinforce.errors import ShardError
+from reinforce.models.captioner import Captioner
+from reinforce.models.open_clip import pick_device
+from reinforce.models.teacher import Teacher
+from reinforce.run.batches import Batch, Rows, ahead, batches, views
+from reinforce.run.reports import ShardReport
+from reinforce.store.manifest import CLASSES, Manifest, class_columns, columns
+from reinforce.store.store import Store
+
+
+class Worker:
+    """Holds the models of a recipe on one device, and works shards for one store."""
+
+    def __init__(self, recipe: Recipe, store_url: str, options: RunOptions) -> None:
+        """Loads the models, settles the manifest, writes the class texts that are missing.
+
+        Raises ConfigError, ManifestMismatch.
+        """
+        device = pick_device(options.device)
+        if device.type == "cpu":
+            torch.set_num_threads(recipe.cpu_threads)
+        self.recipe, self.options, self.store = recipe, options, Store(store_url)
+        self.teachers = {
+            name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
+            for name, config in recipe.teachers.items()
+        }
+        self.captioners = {
+            name: Captioner(config, recipe.batch_size, device, recipe.random_seed)
+            for name, config in recipe.captioners.items()
+        }
+        described = {
+            "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
+            "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
+        }
+        self.store.promise(Manifest.of(recipe, described))
+        self._models = threading.Lock()
+        for column in self.store.missing(CLASSES, class_columns(recipe)):
+            self._commit_classes(*column.split("/"))
+
+    def reinforce(self, shard: Shard) -> ShardReport:
+        """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
+
+        A tar that is broken is told in the report. Raises OSError where reading or writing failed and may yet succeed.
+        """
+        start = time.monotonic()
+        work = _ShardWork(self, shard)
+        captioned = self.recipe.num_original_captions > 0
+        with ThreadPoolExecutor(self.options.decode_threads) as pool:
+            ready = ahead(batches(shard, work.rows, self.recipe.batch_size, captioned, pool), 2)
+            try:
+                with self._models:
+                    for batch in ready:
+                        work.answer(batch, pool)
+            except ShardError as error:
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                    raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try
+                return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
+        refusal = work.refusal()
+        if not refusal:
+            work.commit()
+        quarantined = Counter(status.reason for status in work.rows.statuses if status != Status.GOOD)
+        return ShardReport(
+            shard.name,
+            read=len(work.rows.keys),
+            quarantined=dict(sorted(quarantined.items())),
+            empty_captions=work.empty_captions,
+            columns_written=0 if refusal else len(work.wanted),
+            seconds=time.monotonic() - start,
+            error=refusal,
+        )
+
+    def _commit_classes(self, name: str, part: str) -> None:
+        classes = self.recipe.class_sets[name]
+        named = np.array(classes.classnames, dtype=object)
+        self.store.commit(
+            CLASSES, f"{name}/{part}", named if part == "name" else self.teachers[part].encode_classes(classes)
+        )
+
+
+class _ShardWork:
+    """The columns of one shard in the making: answers are gathered batch by batch, and committed when all are there."""
+
+    def __init__(self, worker: Worker, shard: Shard) -> None:
+        self.worker, self.recipe, self.store, self.shard = worker, worker.recipe, worker.store, shard
+        self.wanted = self.store.missing(shard.name, columns(worker.recipe))
+        self.rows = Rows()
+        self.good: list[int] = []
+        self.answers: dict[str, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
+        self.stored_captions: dict[str, np.ndarray] = {}
+        self.empty_captions = 0
+
+    def answer(self, batch: Batch, pool: Executor) -> None:
+        """Ask the models whatever is wanted about one batch."""
+        self.good += batch.rows
+        self._texts("original", self._original_captions(batch))
+        for name in self.recipe.captioners:
+            if any(column.startswith(f"text/{name}/") for column in self.wanted):
+                self._texts(name, self._captions(name, batch, pool))
+        for name in self.recipe.view_sets:
+            self._views(name, batch, pool)
+
+    def refusal(self) -> str:
+        """Why this shard cannot be committed, or nothing."""
+        name, num_bad, num_read = self.shard.name, len(self.rows.keys) - len(self.good), len(self.rows.keys)
+        if num_bad > self.worker.options.max_invalid * num_read:
+            return (
+                f"{num_bad} of {num_read} samples are invalid, more than max_invalid="
+                f"{self.worker.options.max_invalid:g} allows; mend {self.shard.url} or raise --max-invalid"
+            )
+        if "key" not in self.wanted and list(self.store.read(name, "key")) != self.rows.keys:
+            return (
+                f"{self.shard.url} is not the tar that group {name} was made from: its keys differ; use another STORE"
+            )
+        return ""
+
+    def commit(self) -> None:
+        """Write the wanted columns. Rows in quarantine hold NaN, 0 or an empty text."""
+        known = {
+            "key": np.array(self.rows.keys, dtype=object),
+            "status": np.array(self.rows.statuses, dtype=np.uint8),
+            "size": np.array(self.rows.sizes, dtype=np.int32).reshape(-1, 2),
+        }
+        for column in self.wanted:
+            array = known[column] if column in known else self._whole(column)
+            self.store.commit(self.shard.name, column, array)
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def _original_captions(self, batch: Batch) -> list[list[str]]:
+        # A sample with fewer captions than asked repeats them, so that any index is a caption of its image.
+        num = self.recipe.num_original_captions
+        return [[s.captions[index % len(s.captions)] for s in batch.samples] for index in range(num)]
+
+    def _captions(self, name: str, batch: Batch, pool: Executor) -> list[list[str]]:
+        """C lists of n captions, drawn now or, where a run before committed them, read back."""
+        if f"text/{name}/caption" not in self.wanted:
+            if name not in self.stored_captions:
+                self.stored_captions[name] = self.store.read(self.shard.name, f"text/{name}/caption")
+            return [list(row) for row in self.stored_captions[name][:, batch.rows]]
+        captioner = self.worker.captioners[name]
+        inputs = torch.stack(list(pool.map(captioner.preprocess, batch.pictures)))
+        captions = captioner.caption(inputs, self.recipe.seed, name, [sample.key for sample in batch.samples])
+        for row in captions:
+            for i, caption in enumerate(row):
+                if not caption:  # the model said nothing: its own caption, if any, is the best that is known
+                    row[i] = next(iter(batch.samples[i].captions), "")
+                    self.empty_captions += 1
+        return captions
+
+    def _texts(self, name: str, texts: list[list[str]]) -> None:
+        for index, row in enumerate(texts):
+            self._add(f"text/{name}/caption", index, np.array(row, dtype=object))
+            for teacher_name, teacher in self.worker.teachers.items():
+                if (column := f"text/{name}/{teacher_name}") in self.answers:
+                    self._add(column, index, teacher.encode_texts(row))
+
+    def _views(self, name: str, batch: Batch, pool: Executor) -> None:
+        view_set, prefix = self.recipe.view_sets[name], f"view/{name}"
+        asked = {n: t for n, t in self.worker.teachers.items() if f"{prefix}/{n}" in self.answers}
+        sides = {teacher.image_px for teacher in asked.values()}
+        if f"{prefix}/pixels" in self.answers:
+            sides.add(view_set.view_px)
+        if not sides and f"{prefix}/augment" not in self.answers:
+            return
+        for view in ahead(views(batch, view_set, name, self.recipe.seed, sides, pool), 2):
+            self._add(f"{prefix}/augment", view.index, view.params)
+            if f"{prefix}/pixels" in self.answers:
+                hashes = pool.map(augment.pixel_hash, view.pixels[view_set.view_px])
+                self._add(f"{prefix}/pixels", view.index, np.fromiter(hashes, np.uint64))
+            for teacher_name, teacher in asked.items():
+                embeddings = teacher.encode_images(view.pixels[teacher.image_px])
+                self._add(f"{prefix}/{teacher_name}", view.index, embeddings)
+
+    # -- columns -------------------------------------------------------------------------------------------------
+
+    def _add(self, column: str, index: int, part: np.ndarray) -> None:
+        if column in self.answers:
+            self.answers[column].setdefault(index, []).append(part)
+
+    def _whole(self, column: str) -> np.ndarray:
+        """The batches of a column put where they belong among all N rows."""
+        kind, set_name, part = column.split("/")
+        text = kind == "text"
+        if text:
+            captioner = self.recipe.captioners.get(set_name)
+            num = captioner.num_captions if captioner else self.recipe.num_original_captions
+        else:
+            num = self.recipe.view_sets[set_name].num_views
+        num_rows = len(self.rows.keys)
+        if part == "caption":
+            whole = np.full((num, num_rows), "", dtype=object)
+        elif part == "pixels":
+            whole = np.zeros((num, num_rows), np.uint64)
+        elif part == "augment":
+            width = len(augment.fields(self.recipe.view_sets[set_name]))
+            whole = np.full((num, num_rows, width), np.nan, np.float32)
+        else:
+            whole = np.full((num, num_rows, self.worker.teachers[part].width), np.nan, ml_dtypes.bfloat16)
+        for index, parts in self.answers[column].items():
+            whole[index, self.good] = np.concatenate(parts)
+        return whole

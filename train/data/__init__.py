@@ -1,0 +1,1 @@
+"""Batches: which samples a step sees, and where they are read from."""

@@ -1,0 +1,62 @@
+"""Which samples a step is made of: a pure function of (seed, step), whoever computes it.
+
+An epoch's order is one long sequence: the shards in a drawn order, and in each shard its good rows in a drawn order.
+The sequence is cut into as many equal lengths as there are streams. A step takes the next few samples of every stream,
+so that each batch mixes shards that are far apart, while a stream reads one shard after the other. A rank works on some
+of the streams; how many ranks there are changes who reads, and not what a step is made of.
+
+What is left at the end of an epoch and fills no whole step is not seen in it; the next epoch draws another order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from reinforce.data import draws
+from reinforce.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one shard that a stream takes one after the other."""
+
+    epoch: int
+    shard: str
+    rows: np.ndarray
+
+
+class Order:
+    """`good_rows`: for every shard, the rows that can be used. `batch_size` is that of all ranks together."""
+
+    def __init__(self, good_rows: dict[str, np.ndarray], batch_size: int, streams: int, seed: int) -> None:
+        self.good_rows = good_rows
+        self.num_samples = sum(map(len, good_rows.values()))
+        self.steps_per_epoch = self.num_samples // batch_size
+        self.stream_batch = batch_size // streams
+        self.seed = seed
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"the shards hold {self.num_samples} good samples, fewer than one batch of {batch_size}; "
+                "set a smaller global_batch_size, or give more shards"
+            )
+
+    def stream(self, stream: int, step: int) -> Iterator[Piece]:
+        """What a stream takes from `step` on, without end; each piece ends where its shard or the epoch does."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        while True:
+            length = self.steps_per_epoch * self.stream_batch
+            low, high = stream * length + step * self.stream_batch, (stream + 1) * length
+            start = 0
+            for shard in self._permuted(f"{epoch}", list(self.good_rows)):
+                rows = self.good_rows[shard]
+                end = start + len(rows)
+                if low < end and start < high and len(rows):
+                    order = self._permuted(f"{epoch}/{shard}", rows.tolist())
+                    yield Piece(epoch, shard, np.array(order[max(low - start, 0) : high - start]))
+                start = end
+            epoch, step = epoch + 1, 0
+
+    def _permuted(self, name: str, items: list) -> list:
+        order = np.argsort(draws.uniforms(self.seed, "train/order", name, 0, len(items)), kind="stable")
+        return [items[i] for i in order]

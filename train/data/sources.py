@@ -1,0 +1,239 @@
+"""Where samples come from: tars with a store beside them, or tars alone. Both open a shard for one epoch.
+
+A source has `good_rows` (shard to the rows that can be used, in the tar's order), `num_skipped` (those that cannot),
+`teachers` (name to width and `logit_scale`), `fingerprint` (of what it gives, wherever that lies) and
+`open(shard, epoch)`.
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+import numpy as np
+from tqdm import tqdm
+
+from reinforce.data import augment, draws, images, shards
+from reinforce.data.shards import Place, Shard, Status
+from reinforce.errors import ConfigError, ManifestMismatch, SampleError
+from reinforce.store.store import Store
+from train.config import TrainConfig
+
+ORIGINAL = "original"
+MIX = "mix"
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """Width of its embeddings, and the multiplier of its similarities."""
+
+    width: int
+    logit_scale: float
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One shard in one epoch: for each of its N rows one view, and one caption of each text set.
+
+    `params` (N, P); `sizes` (N, 2) height and width; `captions` N texts a set; `image_targets` (N, D_k) bfloat16 a
+    teacher; `text_targets` likewise, by set and teacher.
+    """
+
+    path: str
+    places: list[Place]
+    sizes: np.ndarray
+    params: np.ndarray
+    captions: dict[str, list[str]]
+    image_targets: dict[str, np.ndarray]
+    text_targets: dict[str, dict[str, np.ndarray]]
+
+
+class Source(Protocol):
+    good_rows: dict[str, np.ndarray]
+    num_skipped: int
+    teachers: dict[str, TeacherFacts]
+    text_sets: list[str]
+    fingerprint: str
+
+    def open(self, shard: str, epoch: int) -> Opened: ...
+
+
+def source_of(config: TrainConfig) -> Source:
+    """The source that a training asks for. Raises ConfigError, and StoreError where the store does not fit."""
+    if not config.shards:
+        raise ConfigError("no shards: say which tars hold the images, with --shards")
+    listed = shards.expand(config.shards)
+    if config.store is not None:
+        return StoreSource(Store(config.store), listed, config)
+    if config.learns_from_teachers:
+        raise ConfigError(
+            "there is nobody to learn from: give a --store"
+            + ("" if config.comkd else ", or set distill=0 and feature_mse=0 for plain CLIP training")
+        )
+    return PlainSource(listed, config)
+
+
+class StoreSource:
+    """Tars and what a store knows of them. Of each column one view or caption is read for an epoch, and not all."""
+
+    def __init__(self, store: Store, listed: list[Shard], config: TrainConfig) -> None:
+        self._store, self._config = store, config
+        self._shards = {shard.name: shard for shard in listed}
+        manifest = store.promised()
+        recipe = manifest.parsed_recipe()
+        view_set = recipe.view_sets.get(config.view_set)
+        if view_set is None:
+            raise ConfigError(f"{store.url} has no view set '{config.view_set}'; it has {', '.join(recipe.view_sets)}")
+        self._num_views = view_set.num_views
+        self._num_captions = {ORIGINAL: recipe.num_original_captions} if recipe.num_original_captions else {}
+        self._num_captions |= {name: captioner.num_captions for name, captioner in recipe.captioners.items()}
+        asked_texts = [] if config.comkd else config.text_sets
+        self.text_sets = _some(asked_texts, list(self._num_captions), "text set", store.url)
+        if not self.text_sets and not config.comkd:
+            raise ConfigError(f"{store.url} holds no captions, and CLIP training needs some; only comkd does without")
+        names = _some(config.teachers, list(recipe.teachers), "teacher", store.url)
+        said = {name: manifest.models["teachers"][name] for name in names}
+        _some(list(config.dist_logit_scale), names, "teacher", store.url)
+        self.teachers = {
+            name: TeacherFacts(facts["width"], config.dist_logit_scale.get(name, facts["logit_scale"]))
+            for name, facts in said.items()
+            if config.learns_from_teachers
+        }
+        with ThreadPoolExecutor(16) as pool:
+            statuses = list(pool.map(lambda shard: store.read(shard.name, "status"), listed))
+        self.good_rows = {
+            shard.name: np.flatnonzero(status == Status.GOOD) for shard, status in zip(listed, statuses, strict=True)
+        }
+        self.num_skipped = sum(int((status != Status.GOOD).sum()) for status in statuses)
+        self.fingerprint = _fingerprint(manifest.fingerprint, self.good_rows)
+
+    def open(self, shard: str, epoch: int) -> Opened:
+        """Raises ManifestMismatch where the tar is not the one that was reinforced, NotCommitted, Corrupt."""
+        path = local_copy(self._shards[shard].url, self._config.cache_dir)
+        places = shards.locate(path)
+        keys = self._store.read(shard, "key").tolist()
+        if keys != [place.key for place in places]:
+            raise ManifestMismatch(
+                f"{self._shards[shard].url} and {self._store.url}/{shard} do not belong together: "
+                f"{_first_difference(keys, places)}; give the tars that the store was made from"
+            )
+        view = f"view/{self._config.view_set}"
+        view_index = self._index(view, shard, epoch, self._num_views)
+        captions, text_targets = {}, {}
+        for name in self.text_sets:
+            index = self._index(f"text/{name}", shard, epoch, self._num_captions[name])
+            captions[name] = self._store.read(shard, f"text/{name}/caption", index).tolist()
+            text_targets[name] = {t: self._store.read(shard, f"text/{name}/{t}", index) for t in self.teachers}
+        if self._config.captions == "mix":
+            captions, text_targets = self._mixed(shard, epoch, captions, text_targets)
+        return Opened(
+            path,
+            places,
+            self._store.read(shard, "size"),
+            self._store.read(shard, f"{view}/augment", view_index),
+            captions,
+            {t: self._store.read(shard, f"{view}/{t}", view_index) for t in self.teachers},
+            text_targets,
+        )
+
+    def _index(self, set_name: str, shard: str, epoch: int, num: int) -> int:
+        if self._config.view_order == "sequential":
+            return epoch % num
+        return int(draws.uniforms(self._config.seed, f"train/{set_name}", shard, epoch, 1)[0] * num)
+
+    def _mixed(
+        self, shard: str, epoch: int, captions: dict[str, list[str]], targets: dict[str, dict[str, np.ndarray]]
+    ) -> tuple[dict[str, list[str]], dict[str, dict[str, np.ndarray]]]:
+        names = self.text_sets
+        num_rows = len(captions[names[0]])
+        drawn = draws.uniforms(self._config.seed, "train/mix", f"{epoch}/{shard}", 0, num_rows)
+        chosen = (drawn * len(names)).astype(int)
+        rows = np.arange(num_rows)
+        texts = [captions[names[which]][row] for row, which in enumerate(chosen)]
+        mixed = {t: np.stack([targets[name][t] for name in names])[chosen, rows] for t in self.teachers}
+        return {MIX: texts}, {MIX: mixed}
+
+
+class PlainSource:
+    """Tars alone: views are drawn anew in every epoch. All tars are read and decoded once at the start, to know which
+    samples can be used."""
+
+    def __init__(self, listed: list[Shard], config: TrainConfig) -> None:
+        self._config = config
+        self._shards = {shard.name: shard for shard in listed}
+        self.teachers: dict[str, TeacherFacts] = {}
+        self.text_sets = [ORIGINAL]
+        self.good_rows, self._sizes, self._captions = {}, {}, {}
+        self.num_skipped = 0
+        for shard in tqdm(listed, "looking at the tars", unit="shard", disable=not sys.stderr.isatty()):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                samples = list(pool.map(_looked_at, shards.read(shard)))
+            sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)
+            self._sizes[shard.name] = sizes
+            self._captions[shard.name] = [captions for _, captions in samples]
+            self.good_rows[shard.name] = np.flatnonzero(sizes[:, 0])
+            self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
+        self.fingerprint = _fingerprint("tars alone", self.good_rows)
+
+    def open(self, shard: str, epoch: int) -> Opened:
+        path = local_copy(self._shards[shard].url, self._config.cache_dir)
+        places, sizes, views = shards.locate(path), self._sizes[shard], self._config.fresh_views
+        params = np.full((len(places), len(augment.fields(views))), np.nan, np.float32)
+        for row in self.good_rows[shard]:
+            size = (int(sizes[row, 0]), int(sizes[row, 1]))
+            params[row] = augment.draw(views, self._config.seed, "train", places[row].key, epoch, size)
+        texts = [captions[epoch % len(captions)] if captions else "" for captions in self._captions[shard]]
+        return Opened(path, places, sizes, params, {ORIGINAL: texts}, {}, {})
+
+
+def local_copy(url: str, cache_dir: str | None) -> str:
+    """The path of a local tar; of a remote one, that of its copy, which is fetched the first time and stays."""
+    if fsspec.utils.get_protocol(url) in ("file", "local"):
+        return url
+    folder = Path(cache_dir or Path(tempfile.gettempdir()) / "clip-reinforce")
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{uuid.uuid4().hex}")  # another process may be fetching it as well
+        files, remote = fsspec.core.url_to_fs(url)
+        files.get_file(remote, str(partial))
+        os.replace(partial, path)
+    return str(path)
+
+
+def _fingerprint(whole: str, good_rows: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(whole.encode())
+    for shard, rows in good_rows.items():
+        digest.update(f";{shard};".encode() + rows.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _looked_at(sample: shards.Sample) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Height and width, 0 where it cannot be used; captions."""
+    if sample.status != Status.GOOD:
+        return (0, 0), ()
+    try:
+        picture = images.decode(sample.image)
+    except SampleError:
+        return (0, 0), ()
+    return (picture.height, picture.width), sample.captions
+
+
+def _some(wanted: list[str] | None, there: list[str], what: str, url: str) -> list[str]:
+    absent = [name for name in wanted or [] if name not in there]
+    if absent:
+        raise ConfigError(f"{url} has no {what} '{absent[0]}' to learn from; it has {', '.join(there)}")
+    return there if wanted is None else wanted
+
+
+def _first_difference(keys: list[str], places: list[Place]) -> str:
+    if len(keys) != len(places):
+        return f"{len(keys)} samples in the store, {len(places)} in the tar"
+    row = next(i for i, (key, place) in enumerate(zip(keys, places, strict=True)) if key != place.key)
+    return f"row {row} is '{keys[row]}' in the store and '{places[row].key}' in the tar"

@@ -1,0 +1,1 @@
+"""Evaluation: sets of images, and the metrics of a student on them."""

@@ -1,0 +1,153 @@
+"""Zero-shot classification and retrieval: embeddings in, metrics out; and the embeddings of a student.
+
+A tie counts against the student, so that equal embeddings for everything score nothing instead of everything.
+
+Protocols: CLIP's (Radford et al. 2021, arXiv 2103.00020, section 3.1) for classes, with the mean of its templates'
+embeddings; recall at k as CLIP_benchmark counts it for captions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.evaluation.sets import EvalSet, Loaded
+from train.students import Student
+
+BLOCK_ROWS = 1024  # of similarities held at once
+RECALLS = (1, 5, 10)
+
+Precision = Literal["fp32", "amp_bf16"]
+Metrics = dict[str, float]
+
+
+def evaluate(
+    student: Student, sets: Mapping[str, EvalSet], batch_size: int = 256, precision: Precision = "fp32"
+) -> dict[str, Metrics]:
+    """The metrics of every set by its name, as `zeroshot` or `retrieval` gives them, and `num_skipped` samples.
+
+    Runs where the student's weights are, in eval mode; afterwards each module has its own mode again. Raises what
+    `EvalSet.load` does.
+    """
+    results = {}
+    with _evaluating(student.model):
+        for name, eval_set in sets.items():
+            loaded = eval_set.load(student.preprocess_cfg)
+            features = embed_images(student, loaded.images, batch_size, precision)
+            if eval_set.prompts is None:
+                metrics = _retrieval(student, loaded, features, batch_size, precision)
+            else:
+                classes = embed_classes(student, eval_set.prompts, batch_size, precision)
+                metrics = zeroshot(features, torch.tensor(loaded.said), classes)
+            results[name] = metrics | {"num_skipped": loaded.num_skipped}
+    return results
+
+
+def zeroshot(image_features: Tensor, labels: Tensor, class_features: Tensor) -> Metrics:
+    """Classification by the nearest class: (N, D) images with `labels` (N,) in 0..C-1, (C, D) classes, unit norm.
+
+    `top1`, `top5` (with more than 5 classes only) and `mean_per_class`, the mean of top-1 over the classes that have
+    images, are shares from 0 to 1; `num` is N.
+    """
+    classes = torch.arange(len(class_features), device=labels.device)
+    num_before = _num_before(image_features, class_features, labels, classes)
+    right = num_before < 1
+    num_of_class = labels.bincount()
+    share_of_class = labels[right].bincount(minlength=len(num_of_class)).double() / num_of_class
+    top5 = {"top5": _share(num_before < 5)} if len(class_features) > 5 else {}
+    mean_per_class = share_of_class[num_of_class > 0].mean().item()
+    return {"top1": _share(right)} | top5 | {"mean_per_class": mean_per_class, "num": len(labels)}
+
+
+def retrieval(image_features: Tensor, text_features: Tensor, text_owner: Tensor) -> Metrics:
+    """Recall both ways: (N, D) images and (M, D) texts, unit norm; text j is a caption of image `text_owner[j]`, and
+    every image has one.
+
+    `image_to_text_rK` is the share of images with at least one of their captions among the K nearest texts;
+    `text_to_image_rK` the share of texts with their image among the K nearest. K is 1, 5 and 10.
+    """
+    image_id = torch.arange(len(image_features), device=text_owner.device)
+    to_text = _num_before(image_features, text_features, image_id, text_owner)
+    to_image = _num_before(text_features, image_features, text_owner, image_id)
+    return (
+        {f"image_to_text_r{k}": _share(to_text < k) for k in RECALLS}
+        | {f"text_to_image_r{k}": _share(to_image < k) for k in RECALLS}
+        | {"num_images": len(image_features), "num_texts": len(text_features)}
+    )
+
+
+@torch.no_grad()
+def embed_images(student: Student, images: Sequence[Tensor], batch_size: int, precision: Precision = "fp32") -> Tensor:
+    """uint8 (3, H, W) images, as `EvalSet.load` gives them -> (N, D) float32 on the CPU, unit norm."""
+    device = next(student.model.parameters()).device
+    mean, std = (torch.tensor(student.preprocess_cfg[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+
+    def features(batch: Sequence[Tensor]) -> Tensor:
+        pixels = (torch.stack(list(batch)).to(device).float() / 255 - mean) / std
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp_bf16"):
+            out: Tensor = student.model.encode_image(pixels)
+        return F.normalize(out.float(), dim=-1).cpu()
+
+    return torch.cat([features(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
+
+
+@torch.no_grad()
+def embed_texts(student: Student, texts: Sequence[str], batch_size: int, precision: Precision = "fp32") -> Tensor:
+    """(M, D) float32 on the CPU, unit norm."""
+    device = next(student.model.parameters()).device
+
+    def features(batch: Sequence[str]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp_bf16"):
+            out: Tensor = student.model.encode_text(student.tokenizer(list(batch)).to(device))
+        return F.normalize(out.float(), dim=-1).cpu()
+
+    return torch.cat([features(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)])
+
+
+def embed_classes(
+    student: Student, prompts: Sequence[Sequence[str]], batch_size: int, precision: Precision = "fp32"
+) -> Tensor:
+    """(C, D) float32 on the CPU: for each class the mean of its prompts' embeddings, to unit norm again."""
+    texts = [text for of_class in prompts for text in of_class]
+    features = embed_texts(student, texts, batch_size, precision)
+    by_class = features.view(len(prompts), -1, features.shape[1])  # all have as many prompts
+    return F.normalize(by_class.mean(1), dim=-1)
+
+
+def _retrieval(student: Student, loaded: Loaded, features: Tensor, batch_size: int, precision: Precision) -> Metrics:
+    texts = [caption for captions in loaded.said for caption in captions]
+    owner = torch.tensor([i for i, captions in enumerate(loaded.said) for _ in captions])
+    return retrieval(features, embed_texts(student, texts, batch_size, precision), owner)
+
+
+def _num_before(x: Tensor, y: Tensor, x_id: Tensor, y_id: Tensor) -> Tensor:
+    """For each row of `x`, how many rows of `y` with another id are not farther than the nearest one with its id.
+
+    Not farther is "not less", and not "more or equal": where a number is NaN it is the answer that is wrong.
+    """
+    counts = []
+    for start in range(0, len(x), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        similarity = x[rows] @ y.T
+        own = x_id[rows, None] == y_id
+        nearest = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        counts.append((~own & ~(similarity < nearest)).sum(1))
+    return torch.cat(counts)
+
+
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
