@@ -1,11 +1,14 @@
-"""A safetensors file, written whole or not at all."""
+"""A safetensors file: written whole or not at all, read with its metadata."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from reinforce.errors import Corrupt
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -20,3 +23,12 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | N
         os.fsync(file.fileno())
     partial.chmod(mode)  # as the umask says; save_file lets nobody else read
     os.replace(partial, path)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, and the metadata. Raises Corrupt where the file is not there or cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Corrupt(f"{path} cannot be read: {error}") from error
