@@ -165,8 +165,8 @@ def _ray(num_workers: int) -> Any:
             "Ray is not installed: pip install 'clip-reinforce[reinforce]', or use --workers 0 to work without it"
         ) from None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray puts the folder where it is started first on its workers' module path, and a train.py of the user's own would stand
-    # in the way of our package. Started in the folder of our packages, workers find the code that the driver runs.
+    # Ray puts the folder where it is started first on its workers' module path, and there a user's own train.py would
+    # stand in the way of our package. Started in the folder of our packages, workers find the code of the driver.
     with contextlib.chdir(Path(__file__).parents[2]):
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
