@@ -88,7 +88,7 @@ class Teacher(Model):
 
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
-    prompts: str | None = Field(None, description="a file of `python -m train adapt`: the teacher adapted to a domain")
+    prompts: str | None = Field(None, description="a file of `clip-train adapt`: the teacher adapted to a domain")
 
 
 class Captioner(Model):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.experiments import steps
+from reinforce.terminal import typed
 from train import students
 from train.config import load_training
 from train.evaluation.metrics import evaluate
@@ -55,7 +56,7 @@ def _table(found: dict[str, Any], out: Path) -> str:
     lines += [
         "",
         f"Student: {out}/distilled/student, an open_clip folder; curves: tensorboard --logdir {out}",
-        f"Next:    python -m train eval {out}/distilled/student heldout={HELDOUT}",
-        f"         python -m train export {out}/distilled/student {out}/export",
+        f"Next:    {typed('clip-train')} eval {out}/distilled/student heldout={HELDOUT}",
+        f"         {typed('clip-train')} export {out}/distilled/student {out}/export",
     ]
     return "\n".join(lines)
