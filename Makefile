@@ -23,7 +23,7 @@ require = $(if $(named),$(if $(missing),echo "make $@: name $(missing) as well; 
 # A job runs in a folder of its own on some node: local paths have to be absolute.
 everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
-.PHONY: help setup setup-gpu reinforce train verify info submit samples test test-slow chaos check format bench clean
+.PHONY: help setup setup-gpu reinforce train verify info submit samples picture test test-slow chaos check format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -71,6 +71,10 @@ submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=.. RECIPE=name: th
 
 samples: setup ## rebuild the bundled samples: pictures, teachers, captioner (needs apt-get; about half an hour)
 	@$(PY) -m pipelines.samples
+
+picture: setup ## draw README's picture again, from the samples' store
+	@$(PY) -m pipelines.experiments.picture --store stores/samples.zarr --shards 'samples/train/{00000..00003}.tar' \
+		--key 1fab4 --out docs/picture.png
 
 test: setup ## the tests, a few minutes
 	@$(PY) -m pytest

@@ -103,7 +103,7 @@ def _spread(values: list[float]) -> float:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table as README shows it."""
+    """The table as docs/results/lambda.md shows it."""
     lines = ["| wrong captions | λ | top-1 by seed | mean ± spread | against λ = 0, paired |", "|---|---|---|---|---|"]
     for row in table["rows"]:
         gain = f"{row['gain']:+.1f} ± {row['gain_spread']:.1f}" if row["lambda"] else ""
