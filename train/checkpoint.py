@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from reinforce.config import Config, parse
+from reinforce.config import parse
 from reinforce.errors import ConfigError, Corrupt
 from reinforce.models import tensorfile
 from train.average import Average
@@ -69,8 +69,8 @@ def load(
     return step
 
 
-def differences(saved: dict[str, Any], config: Config, free: frozenset[str], where: Path) -> list[str]:
-    """Sentences on what `config` asks for and what was saved, keys in `free` left out.
+def differences(saved: dict[str, Any], config: LoopConfig, where: Path) -> list[str]:
+    """Sentences on what `config` asks for and what was saved, but for what it is free to change.
 
     A key that is newer than what was saved counts as its default, and one that is no more does not count. Raises
     ConfigError where the saved settings are no longer possible.
@@ -80,7 +80,7 @@ def differences(saved: dict[str, Any], config: Config, free: frozenset[str], whe
     return [
         f"  {key}: it was {was[key]}, this run asks for {asked[key]}"
         for key in asked
-        if key not in free and was[key] != asked[key]
+        if key not in config.free and was[key] != asked[key]
     ]
 
 
@@ -90,7 +90,7 @@ def _read(path: Path, config: LoopConfig, data: str) -> tuple[int, dict[str, dic
         tensors, metadata = tensorfile.load(path)
     except Corrupt as error:
         raise Corrupt(f"checkpoint {error}; remove it to go on from the one before") from error
-    found = differences(json.loads(metadata["config"]), config, config.free, path)
+    found = differences(json.loads(metadata["config"]), config, path)
     if metadata["data"] != data:
         found.append("  the data: it learned from other samples, or their content has changed")
     if found:
