@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from reinforce.errors import ConfigError, Corrupt, Diverged
+from reinforce.models import tensorfile
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
@@ -220,8 +221,24 @@ def test_a_checkpoint_of_another_training(reinforced: Reinforced, tmp_path: Path
         fit(fewer, tmp_path)
     (path,) = (tmp_path / "checkpoints").iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(Corrupt, match="cannot be read"):
+    with pytest.raises(Corrupt, match="^checkpoint .*cannot be read.*; remove it to go on from the one before"):
         fit(config(reinforced, steps=2), tmp_path)
+
+
+def test_a_checkpoint_from_before_there_was_a_setting(reinforced: Reinforced, tmp_path: Path) -> None:
+    """It counts as trained with that setting's default."""
+    whole = fit(config(reinforced, save_every_n_steps=5), tmp_path)
+    (tmp_path / "report.json").unlink()
+    half, last = sorted((tmp_path / "checkpoints").iterdir())
+    last.unlink()
+    tensors, metadata = tensorfile.load(half)
+    assert {name.partition("/")[0] for name in tensors} == {"model", "exp_avg", "exp_avg_sq", "step"}
+    saved = json.loads(metadata["config"])
+    del saved["captions"], saved["report_to"]
+    tensorfile.save(tensors, half, metadata | {"config": json.dumps(saved)})
+    with pytest.raises(ConfigError, match="captions: it was each, this run asks for mix"):
+        fit(config(reinforced, captions="mix"), tmp_path)
+    assert fit(config(reinforced), tmp_path)["metrics"] == whole["metrics"]
 
 
 def test_only_the_newest_checkpoints_are_kept(reinforced: Reinforced, tmp_path: Path) -> None:
