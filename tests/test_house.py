@@ -19,7 +19,7 @@ SAMPLES = {"reinforce.data"} | GROUND
 SEES = {
     "reinforce.__init__": set(),
     "reinforce.__main__": {"reinforce.run", "reinforce.check", "reinforce.recipes", "reinforce.terminal"} | GROUND,
-    "reinforce.run": {"reinforce.models", "reinforce.store", "reinforce.terminal"} | SAMPLES,
+    "reinforce.run": {"reinforce.models", "reinforce.store", "reinforce.progress"} | SAMPLES,
     "reinforce.check": {"reinforce.models", "reinforce.store"} | SAMPLES,
     "reinforce.models": SAMPLES,
     "reinforce.store": SAMPLES,
@@ -27,10 +27,17 @@ SEES = {
     "reinforce.recipes": GROUND,
     "reinforce.config": {"reinforce.errors"},
     "reinforce.terminal": {"reinforce.errors"},
+    "reinforce.progress": set(),
     "reinforce.errors": set(),
 }
 # What `train` may see of `reinforce`: what reads a store, the models, and the doors to the user. Never run or check.
-READER = {"reinforce.models", "reinforce.store", "reinforce.recipes", "reinforce.terminal"} | SAMPLES
+READER = {
+    "reinforce.models",
+    "reinforce.store",
+    "reinforce.recipes",
+    "reinforce.terminal",
+    "reinforce.progress",
+} | SAMPLES
 # Modules that may load another by a name that is worked out: what they load is not ours.
 LOADERS = {"reinforce.models.open_clip", "train.students.scan"}
 HEAVY = {

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard, expand
 from reinforce.errors import ConfigError
+from reinforce.progress import Progress
 from reinforce.run.on_ray import Crew
-from reinforce.run.progress import Progress
 from reinforce.run.reports import RunReport, ShardReport
 from reinforce.store.manifest import CLASSES, class_columns, columns
 from reinforce.store.store import Store
@@ -43,10 +43,10 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
         crew = Crew(store_url, recipe, options, low, high) if high and todo else None
         answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options)
-        with Progress(len(todo)) as progress:
+        with Progress(len(todo), "shard") as progress:
             for shard_report, attempts in answers:
-                progress.add(shard_report)
                 report.add(shard_report, attempts)
+                progress.add(report.phrase(progress.seconds))
         report.workers_lost = crew.num_lost if crew else 0
     store.sweep({shard.name for shard in listed})
     report.seconds = time.monotonic() - start

@@ -7,7 +7,6 @@ A source has `good_rows` (shard to the rows that can be used, in the tar's order
 
 import hashlib
 import os
-import sys
 import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,11 @@ from typing import Protocol
 
 import fsspec
 import numpy as np
-from tqdm import tqdm
 
 from reinforce.data import augment, draws, images, shards
 from reinforce.data.shards import Place, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError
+from reinforce.progress import Progress
 from reinforce.store.store import Store
 from train.config import TrainConfig
 
@@ -171,14 +170,18 @@ class PlainSource:
         self.text_sets = [ORIGINAL]
         self.good_rows, self._sizes, self._captions = {}, {}, {}
         self.num_skipped = 0
-        for shard in tqdm(listed, "looking at the tars", unit="shard", disable=not sys.stderr.isatty()):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (
+            Progress(len(listed), "shard", title="looking at the tars") as progress,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            for shard in listed:
                 samples = list(pool.map(_looked_at, shards.read(shard)))
-            sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)
-            self._sizes[shard.name] = sizes
-            self._captions[shard.name] = [captions for _, captions in samples]
-            self.good_rows[shard.name] = np.flatnonzero(sizes[:, 0])
-            self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
+                sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)
+                self._sizes[shard.name] = sizes
+                self._captions[shard.name] = [captions for _, captions in samples]
+                self.good_rows[shard.name] = np.flatnonzero(sizes[:, 0])
+                self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
+                progress.add()
         self.fingerprint = _fingerprint("tars alone", self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
