@@ -22,7 +22,8 @@ from pydantic import (
 
 from reinforce.errors import ConfigError
 
-RESERVED = {"augment", "pixels", "caption", "original", "name"}
+ORIGINAL = "original"  # the text set of the captions that came with the images
+RESERVED = {"augment", "pixels", "caption", "name", ORIGINAL}  # what columns and sets are called by themselves
 
 
 def _column_name(name: str) -> str:
@@ -166,6 +167,12 @@ class Recipe(Config):
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: architectures without their weights, to try shapes and memory"
     )
+
+    @property
+    def text_sets(self) -> dict[str, int]:
+        """Number of captions by text set: the original ones, where they are kept, then each captioner's."""
+        original = {ORIGINAL: self.num_original_captions} if self.num_original_captions else {}
+        return original | {name: captioner.num_captions for name, captioner in self.captioners.items()}
 
     @property
     def random_seed(self) -> int | None:

@@ -16,7 +16,7 @@ from reinforce.errors import ConfigError
 from reinforce.run.on_ray import Crew
 from reinforce.run.progress import Progress
 from reinforce.run.reports import RunReport, ShardReport
-from reinforce.store.manifest import CLASSES, class_columns, columns
+from reinforce.store.columns import CLASSES, class_columns, columns
 from reinforce.store.store import Store
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from reinforce.data import augment, draws, images
 from reinforce.data.shards import Sample, Status
 from reinforce.errors import ConfigError, Diverged, SampleError
 from reinforce.models import prompts
-from reinforce.models.frozen import FrozenModel
 from reinforce.models.open_clip import pick_device
 from reinforce.models.prompts import Prompts
+from reinforce.models.teacher import load_teacher
 from reinforce.recipes import load
 from train.comkd.base_to_novel import base_to_novel, check_classes, num_base
 from train.evaluation.metrics import Metrics, embed_classes, embed_images
@@ -141,7 +141,7 @@ class _Adaptation:
         self.num_classes = num_base(num_classes) if config.classes == "base" else num_classes
         self.samples, self.num_skipped = self._chosen(labelled)
         random_seed = config.seed if config.weights == "random" else None
-        self.frozen = FrozenModel(config.teacher, self.device, random_seed)
+        self.frozen = load_teacher(config.teacher, self.device, random_seed)
         self.prompts = Prompts.fresh(
             self.frozen.model, config.num_tokens, config.depth, config.seed, self.frozen.tokenizer
         ).to(self.device)
