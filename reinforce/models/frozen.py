@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reinforce import process
 from reinforce.config import Model
 from reinforce.errors import ConfigError
 from reinforce.models.open_clip import get_tokenizer, open_clip
@@ -133,7 +133,7 @@ def _create(config: Model, random_seed: int | None, given: dict[str, Any]) -> An
         preprocess = {k: tag[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in tag}
     if random_seed is not None:
         torch.manual_seed(random_seed)
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    process.timm_without_warnings()
     try:
         model = open_clip.create_model(
             config.model,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, ManifestMismatch, MissingExtra, ReinforceError
@@ -155,8 +156,7 @@ class Crew:
 
 def _ray(num_workers: int) -> Any:
     """Ray, connected: to RAY_ADDRESS where it is set, else to a private one on this machine, never a remembered one."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    process.ray_environment()
     try:
         import ray
     except ImportError:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from reinforce import process
 from reinforce.config import ORIGINAL, Recipe, RunOptions
 from reinforce.data import augment
 from reinforce.data.shards import Shard, Status
@@ -36,7 +37,7 @@ class Worker:
         """
         device = pick_device(options.device)
         if device.type == "cpu":
-            torch.set_num_threads(recipe.cpu_threads)
+            process.torch_threads(recipe.cpu_threads)
         self.recipe, self.options, self.store = recipe, options, Store(store_url)
         self.teachers = {
             name: Teacher(config, recipe.batch_size, device, recipe.random_seed)

@@ -17,31 +17,26 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
-import numcodecs.blosc
 import numpy as np
 import zarr
 from fsspec.implementations.local import LocalFileSystem
 from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
-from zarr.dtype import data_type_registry
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
+import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
+from reinforce import process
 from reinforce.errors import Corrupt, NotCommitted, StoreError
-from reinforce.store.bfloat16 import BFloat16
 from reinforce.store.columns import CLASSES, Column
 from reinforce.store.manifest import Manifest
 
 CHUNK_ROWS = 16384  # rows of one view in one object: 12.5 k rows of 768 bfloat16, a DataCompDR shard, are 19 MB
 _PARTIAL = ".partial"  # where objects of a local store wait until they are whole
 
-# Blosc's threads put compressed blocks down in the order they finish: one thread, or the same array gives other bytes.
-numcodecs.blosc.use_threads = False
-
-if "bfloat16" not in data_type_registry.contents:  # a checkout that is not installed has no entry point
-    data_type_registry.register("bfloat16", BFloat16)
-
 C = TypeVar("C", Column, str)
+
+process.blosc_in_one_thread()
 
 
 class Store:
