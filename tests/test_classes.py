@@ -103,7 +103,7 @@ def test_other_classes_and_other_prompts_are_another_recipe(made, tmp_path: Path
     def adapted(seed: int) -> Recipe:
         added = Prompts.fresh(frozen.model, 2, 1, seed, frozen.tokenizer)
         prompts.save(added, path, "vit", frozen.digest, {})
-        return with_classes(recipe, teachers={"vit": vit.model_copy(update={"prompts": str(path)})})
+        return with_classes(recipe, teachers={"vit": vit.but(prompts=str(path))})
 
     Worker(adapted(0), str(tmp_path / "adapted"), CPU)
     Worker(adapted(0), str(tmp_path / "adapted"), CPU)

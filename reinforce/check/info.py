@@ -13,7 +13,7 @@ from reinforce.store.store import Store
 
 
 def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[Column]]]:
-    """Every group with the columns it has to have: the class texts', then each shard's."""
+    """Every group with the columns that it must have: the class texts', then each shard's."""
     if recipe.class_sets:
         yield CLASSES, class_columns(recipe)
     for shard in store.shards():

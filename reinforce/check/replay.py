@@ -1,4 +1,4 @@
-"""The replay proof: views made again from the tars, and held against what the store says of them."""
+"""The replay proof: views are made again from the tars and compared with what the store holds of them."""
 
 import logging
 import random
@@ -111,8 +111,10 @@ def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[st
 
 def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Teacher"]:
     """The teachers that are at hand and are those of the manifest; pixels alone can be compared without them."""
+    from reinforce.models.device import pick_device
+
+    where = pick_device(device)
     try:
-        from reinforce.models.open_clip import pick_device
         from reinforce.models.teacher import Teacher
     except MissingExtra as error:
         log.warning("cosines are left out: %s", error)
@@ -120,7 +122,7 @@ def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Tea
     teachers = {}
     for name, config in recipe.teachers.items():
         try:
-            teacher = Teacher(config, recipe.batch_size, pick_device(device), recipe.random_seed)
+            teacher = Teacher(config, recipe.batch_size, where, recipe.random_seed)
         except ConfigError as error:
             log.warning("teacher %s is not at hand, its cosine is left out: %s", name, error)
             continue

@@ -1,4 +1,4 @@
-"""Reads a store and doubts it: are all columns there, whole and sane, and do the views come back from the tars?"""
+"""Checks a store: are all columns there, whole and plausible, and can its views be made again from the tars?"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,10 +42,15 @@ class VerifyReport:
 def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto") -> VerifyReport:
     """Check every column of every group; with `num_replays`, replay so many views from the shards `patterns` names.
 
-    Raises ConfigError where a replay is asked for and the shards are not given or are not those of the store.
+    Raises ConfigError where a replay is asked for and the shards are not given or are not those of the store, and where
+    `device` is not on this machine.
     """
     if num_replays and not patterns:
         raise ConfigError("--replay needs the shards the store was made from: --shards 'dir/{00000..00003}.tar'")
+    if device == "cuda":  # a missing GPU is an error now, and not after hours of reading
+        from reinforce.models.device import pick_device  # loads torch
+
+        pick_device(device)
     store = Store(url)
     manifest = store.promised()
     recipe = manifest.parsed_recipe()

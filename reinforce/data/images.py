@@ -1,7 +1,7 @@
 """Bytes of an image in, RGB pixels out; or the reason why not.
 
 Pillow's readers are called by name and not through `Image.open`, which hides why a file was refused, takes formats that
-nobody asked for, and warns of size before one can look at it.
+nobody asked for, and warns of an image's size before one can look at it.
 """
 
 import io

@@ -1,14 +1,11 @@
-"""What differs from machine to machine: the device, and the only door to open_clip,
-`from reinforce.models.open_clip import open_clip`, which works on a CPU build of torch too."""
+"""The only door to open_clip: `from reinforce.models.open_clip import open_clip`. It works on a CPU build of torch."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from reinforce import process
-from reinforce.errors import ConfigError, MissingExtra
+from reinforce.errors import MissingExtra
 
 try:
     process.import_torchvision()
@@ -21,7 +18,7 @@ except ImportError as error:
         "the trainer: pip install 'clip-reinforce[train]'"
     ) from error
 
-__all__ = ["get_tokenizer", "open_clip", "pick_device"]
+__all__ = ["get_tokenizer", "open_clip"]
 
 
 def get_tokenizer(model: str) -> Any:
@@ -33,10 +30,3 @@ def get_tokenizer(model: str) -> Any:
         if vocabulary:
             return open_clip.get_tokenizer(model, bpe_path=str(folder / vocabulary))
     return open_clip.get_tokenizer(model)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError if CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda was asked for, and torch finds none; ask for cpu, or install a CUDA torch")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

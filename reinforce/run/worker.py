@@ -18,7 +18,7 @@ from reinforce.data import augment
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ShardError
 from reinforce.models.captioner import Captioner
-from reinforce.models.open_clip import pick_device
+from reinforce.models.device import pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
@@ -59,7 +59,7 @@ class Worker:
     def reinforce(self, shard: Shard) -> ShardReport:
         """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
 
-        A tar that is broken is told in the report. Raises OSError where reading or writing failed and may yet succeed.
+        Of a tar that is broken, the report says what is wrong. Raises OSError where another try may succeed.
         """
         start = time.monotonic()
         work = _ShardWork(self, shard)
@@ -110,7 +110,7 @@ class _ShardWork:
         self.empty_captions = 0
 
     def answer(self, batch: Batch, pool: Executor) -> None:
-        """Ask the models whatever is wanted about one batch."""
+        """Ask the models for all that is missing about one batch."""
         self.good += batch.rows
         self._texts(ORIGINAL, self._original_captions(batch))
         for name in self.recipe.captioners:
@@ -126,7 +126,7 @@ class _ShardWork:
         if num_bad > self.worker.options.max_invalid * num_read:
             return (
                 f"{num_bad} of {num_read} samples are invalid, more than max_invalid="
-                f"{self.worker.options.max_invalid:g} allows; mend {self.shard.url} or raise --max-invalid"
+                f"{self.worker.options.max_invalid:g} allows; repair {self.shard.url} or raise --max-invalid"
             )
         if KEY not in self.wanted and self.store.read(name, KEY).tolist() != keys:
             return (
@@ -164,7 +164,7 @@ class _ShardWork:
         captions = captioner.caption(inputs, self.recipe.seed, name, [sample.key for sample in batch.samples])
         for row in captions:
             for i, caption in enumerate(row):
-                if not caption:  # the model said nothing: its own caption, if any, is the best that is known
+                if not caption:  # the model wrote nothing: the image's own caption, if any, is the best there is
                     row[i] = next(iter(batch.samples[i].captions), "")
                     self.empty_captions += 1
         return captions

@@ -19,7 +19,7 @@ _SOFTWARE = ("torch", "open_clip_torch", "pillow", "numpy", "zarr", "numcodecs")
 
 @dataclass(frozen=True)
 class Manifest:
-    """`models`: what each teacher and captioner said of itself (weights digest, sizes, precision, `logit_scale`).
+    """`models`: how each teacher and captioner describes itself (weights digest, sizes, precision, `logit_scale`).
     `augment_fields`: name and unit of the P parameters of a view, for each view set.
     `software`: versions that wrote the manifest; recorded, not compared."""
 

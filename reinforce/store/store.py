@@ -51,7 +51,7 @@ class Store:
     # -- manifest ------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """The store's promise, or None where there is no store yet. Raises StoreError if it is not one of ours."""
+        """The store's manifest, or None where there is no store yet. Raises StoreError if it is not one of ours."""
         try:
             root = json.loads(self._fs.cat_file(f"{self._root}/zarr.json"))
         except FileNotFoundError:
@@ -62,12 +62,10 @@ class Store:
         return Manifest.from_json(tree, self.url)
 
     def promised(self) -> Manifest:
-        """The manifest of a store that has to exist. Raises StoreError."""
+        """The manifest of a store that must exist. Raises StoreError."""
         manifest = self.manifest()
         if manifest is None:
-            raise StoreError(
-                f"no store at {self.url}; make one with: python -m reinforce run SHARDS --store {self.url}"
-            )
+            raise StoreError(f"no store at {self.url}; make one with: clip-reinforce run SHARDS --store {self.url}")
         return manifest
 
     def promise(self, manifest: Manifest) -> None:
@@ -139,7 +137,7 @@ class Store:
         return sorted(name for name in names if name != "zarr.json")
 
     def check(self, shard: str, column: Column | str) -> None:
-        """Doubt a committed column: raises Corrupt if its objects are not those that were written."""
+        """Raises Corrupt if the objects of a committed column are not those that were written."""
         attributes = dict(self.open_array(shard, column).attrs)
         names = self.objects(shard, column)
         if len(names) != attributes["num_chunks"]:
@@ -263,7 +261,7 @@ def _encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
 
 
 def _loud(dtype: np.dtype[Any]) -> Any:
-    """What a plain Zarr reader shall see in the place of a lost chunk: NaN where there is one."""
+    """What a plain Zarr reader sees in place of a lost chunk: NaN, where the data type has one."""
     return dtype.type(0) if dtype.kind in "iu" else dtype.type("nan")
 
 

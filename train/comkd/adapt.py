@@ -26,7 +26,7 @@ from reinforce.data import augment, draws, images
 from reinforce.data.shards import Sample, Status
 from reinforce.errors import ConfigError, Diverged, SampleError
 from reinforce.models import prompts
-from reinforce.models.open_clip import pick_device
+from reinforce.models.device import pick_device
 from reinforce.models.prompts import Prompts
 from reinforce.models.teacher import load_teacher
 from reinforce.recipes import load
