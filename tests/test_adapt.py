@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from reinforce.config import ClassSet, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.errors import ConfigError, Diverged
 from reinforce.models import tensorfile
-from reinforce.models.frozen import FrozenModel
 from reinforce.models.open_clip import get_tokenizer
+from reinforce.models.teacher import load_teacher
 from reinforce.run import driver
-from reinforce.store.manifest import CLASSES
+from reinforce.store.columns import CLASSES
 from reinforce.store.store import Store
 from tests.processes import ROOT
 from train import checkpoint
@@ -287,7 +287,7 @@ def test_what_is_said_of_a_teacher_holds_for_the_one_that_reinforces(asked: Adap
         class_sets={"kinds": ClassSet(classnames=tuple(NAMES), templates=("{}.",))},
     )
     driver.run(f"{asked.data}/train/*.tar", str(tmp_path / "s"), recipe, RunOptions(workers="0", device="cpu"))
-    model = FrozenModel(adapted, torch.device("cpu"))
+    model = load_teacher(adapted, torch.device("cpu"))
     seen = EvalSet(asked.data).load(model.preprocess_cfg)
     pixels = model.normalise(torch.stack(list(seen.images)).permute(0, 2, 3, 1))
     with torch.no_grad():

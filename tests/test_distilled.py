@@ -17,7 +17,7 @@ from reinforce.config import ClassSet, Recipe, RunOptions
 from reinforce.data import shards
 from reinforce.errors import ConfigError, StoreError
 from reinforce.run import driver
-from reinforce.store.manifest import CLASSES
+from reinforce.store.columns import CLASSES
 from reinforce.store.store import Store
 from tests import tiny
 from train import students

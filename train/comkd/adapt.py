@@ -24,9 +24,9 @@ from reinforce.config import Teacher, ViewSet
 from reinforce.data import augment, draws, images
 from reinforce.errors import ConfigError
 from reinforce.models import prompts
-from reinforce.models.frozen import FrozenModel
-from reinforce.models.open_clip import pick_device
+from reinforce.models.device import pick_device
 from reinforce.models.prompts import Prompts
+from reinforce.models.teacher import load_teacher
 from reinforce.recipes import load
 from train import checkpoint
 from train.average import Average
@@ -157,7 +157,7 @@ class _Adaptation(Training[_Batch]):
         learned = self.classnames[: self.num_classes]
         self.samples, self.num_skipped = draw_shots(labelled, learned, config.shots, config.seed)
         random_seed = config.seed if config.weights == "random" else None
-        self.frozen = FrozenModel(config.teacher, self.ranks.device, random_seed)
+        self.frozen = load_teacher(config.teacher, self.ranks.device, random_seed)
         self.fingerprint = self._fingerprint()
         self.model: Prompts = Prompts.fresh(
             self.frozen.model, config.num_tokens, config.depth, config.seed, self.frozen.tokenizer

@@ -17,6 +17,7 @@ from typing import Protocol
 import fsspec
 import numpy as np
 
+from reinforce.config import ORIGINAL
 from reinforce.data import augment, draws, images, shards
 from reinforce.data.shards import Place, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError
@@ -24,7 +25,6 @@ from reinforce.progress import Progress
 from reinforce.store.store import Store
 from train.config import TrainConfig
 
-ORIGINAL = "original"
 MIX = "mix"
 
 
@@ -90,8 +90,7 @@ class StoreSource:
         if view_set is None:
             raise ConfigError(f"{store.url} has no view set '{config.view_set}'; it has {', '.join(recipe.view_sets)}")
         self._num_views = view_set.num_views
-        self._num_captions = {ORIGINAL: recipe.num_original_captions} if recipe.num_original_captions else {}
-        self._num_captions |= {name: captioner.num_captions for name, captioner in recipe.captioners.items()}
+        self._num_captions = recipe.text_sets
         asked_texts = [] if config.comkd else config.text_sets
         self.text_sets = _some(asked_texts, list(self._num_captions), "text set", store.url)
         if not self.text_sets and not config.comkd:
