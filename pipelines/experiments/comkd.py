@@ -14,7 +14,7 @@ is below.
 4. The student learns from the store, unlabelled images of all classes, with and without each module, by 3 seeds. What
    varies with the seed is this step; teacher and store are the same for all.
 
-A step that is done is not done again.
+Run again, it goes on where it stopped, and refuses trainings that were made with other settings.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import json
 import re
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ import torch
 
 from pipelines.comkd import CLASS_SET, TEACHER
 from pipelines.experiments import domains, steps
-from reinforce.config import ClassSet, Config, Recipe, Teacher, ViewSet
+from reinforce.config import ClassSet, Recipe, Teacher, ViewSet
 from reinforce.errors import ConfigError
 from train import students
 from train.comkd.adapt import adapt, load_adaptation
 from train.comkd.base_to_novel import base_to_novel
-from train.config import ComkdConfig, TrainConfig, load_training
+from train.config import ComkdConfig, load_training
 from train.evaluation.metrics import embed_classes, embed_images
 from train.evaluation.sets import EvalSet
 
@@ -120,24 +121,23 @@ class _Journey:
 
     def run(self, seeds: range) -> dict[str, Any]:
         """Every step. Of what it gives, `rows` are scores by variant and evaluation set, a list over seeds."""
-        starts = {"student": self.training.but(**FIRST_STUDENT, steps=self.num_steps)}
+        captioned = self.training.but(shards=self.domain.captioned)
+        starts = {"student": captioned.but(**FIRST_STUDENT, steps=self.num_steps)}
         if self.learns_teacher:
-            length = TEACHER_LENGTH * self.num_steps
-            starts["teacher"] = self.training.but(**FIRST_TEACHER, steps=length)
-        self._fit(starts, "a CLIP to start from", self.domain.captioned, None)
+            starts["teacher"] = captioned.but(**FIRST_TEACHER, steps=TEACHER_LENGTH * self.num_steps)
+        steps.fit_all(starts, self.out, "CLIPs to start from", self.at_once)
         adapted = self._adapt()
-        self._reinforce()
+        steps.write_store(self.images, self.store, self._recipe, workers=0)
         begun = self.out / "student/student"
         changes_of = variants(len(self.domain.classes))
+        own = SMALL | {"student": str(begun), "steps": self.num_steps, "eval_sets": self.sets}
+        from_store = self.training.but(**own, shards=self.images, store=self.store)
         runs = {
-            _slug(variant, seed): self.training.but(
-                **SMALL | {"student": str(begun), "steps": self.num_steps, "seed": seed, "eval_sets": self.sets},
-                comkd=ComkdConfig(class_set=CLASS_SET, **changes),
-            )
+            _slug(variant, seed): from_store.but(seed=seed, comkd=ComkdConfig(class_set=CLASS_SET, **changes))
             for seed in seeds
             for variant, changes in changes_of.items()
         }
-        reports = self._fit(runs, "students", self.images, self.store)
+        reports = steps.fit_all(runs, self.out, "students", self.at_once)
         rows = {"zero-shot student": {name: [found] for name, found in _zero_shot(begun, self.sets).items()}}
         for variant in changes_of:
             of_seeds = [reports[_slug(variant, seed)]["evaluated"] for seed in seeds]
@@ -158,32 +158,9 @@ class _Journey:
     def _prompts(self) -> Path:
         return self.out / "adapted/prompts.safetensors"
 
-    def _fit(
-        self, runs: Mapping[str, TrainConfig], title: str, shards: str, store: str | None
-    ) -> dict[str, dict[str, Any]]:
-        """The report of each training. Raises ConfigError where one was made before with other settings."""
-        todo = []
-        for name, config in runs.items():
-            asked = config.but(shards=shards, store=store)
-            report, saved = self.out / name / "report.json", self.out / name / "config.json"
-            if report.exists() and json.loads(saved.read_text())["config"] != asked.model_dump(mode="json"):
-                raise ConfigError(f"{self.out / name} was trained with other settings; give another --out")
-            command = ["train", "fit", "--recipe", _saved(config, self.out / f"{name}.json"), "--shards", shards]
-            command += ["--out", str(self.out / name)] + (["--store", store] if store else [])
-            todo.append((report, command))
-        steps.run(todo, title, self.at_once)
-        return {name: json.loads((self.out / name / "report.json").read_text()) for name in runs}
-
-    def _adapt(self) -> dict[str, Any]:
-        config = load_adaptation("comkd").but(
-            **SMALL_ADAPTATION, teacher=self._teacher, data=str(self.domain.labelled), eval_sets=self.sets
-        )
-        command = ["train", "adapt", config.data, "--recipe", _saved(config, self.out / "adapted.json")]
-        steps.run([(self._prompts, [*command, "--out", str(self._prompts)])], "prompts of the teacher")
-        return adapt(config, self._prompts)  # it is there: what it says of itself, if it was made with these settings
-
-    def _reinforce(self) -> None:
-        recipe = Recipe(
+    @property
+    def _recipe(self) -> Recipe:
+        return Recipe(
             name="comkd",
             teachers={"clip": self._teacher.but(prompts=str(self._prompts))},
             view_sets={"base": VIEWS},
@@ -191,8 +168,13 @@ class _Journey:
             num_original_captions=0,
             class_sets={CLASS_SET: ClassSet(classnames=tuple(self.domain.classes), templates=("{}.",))},
         )
-        command = ["reinforce", "run", self.images, "--store", self.store, "--workers", "0"]
-        steps.do([*command, "--recipe", _saved(recipe, self.out / "recipe.json")], self.out / "store.log")
+
+    def _adapt(self) -> dict[str, Any]:
+        config = load_adaptation("comkd").but(
+            **SMALL_ADAPTATION, teacher=self._teacher, data=str(self.domain.labelled), eval_sets=self.sets
+        )
+        job = {self._prompts.parent: partial(adapt, config, self._prompts)}
+        return steps.side_by_side(job, "prompts of the teacher", 1)[0]
 
 
 def _slug(variant: str, seed: int) -> str:
@@ -236,9 +218,3 @@ def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, flo
         classes = embed_classes(student, eval_set.prompts or [], 256)
         scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.said), classes)
     return scores
-
-
-def _saved(config: Config, path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.model_dump_json(indent=1) + "\n")
-    return str(path)
