@@ -280,7 +280,8 @@ def test_every_error_is_in_the_drawing() -> None:
 
 
 def documents() -> str:
-    return "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))])
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return "\n".join(path.read_text() for path in pages)
 
 
 def test_every_command_of_the_documents_exists() -> None:

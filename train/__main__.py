@@ -1,7 +1,9 @@
-"""Command line of the trainer. Exit codes: 0 done, 1 done but with faults or stopped, 2 the request was wrong."""
+"""Train small image-text models on tars and on what a store knows of them; evaluate, export and time them.
+
+Exit codes: 0 done; 1 done, but with faults; 2 the request was wrong, nothing was done; 130 stopped (run it again).
+"""
 
 import json
-import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -11,26 +13,44 @@ import typer
 
 from reinforce.config import parse
 from reinforce.errors import ConfigError, SampleError
-from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
+from reinforce.recipes import choice, listed
+from reinforce.terminal import JsonOption, VersionOption, errors_as_sentences, print_tree, start, typed
 from train.config import TrainConfig, load_training
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-SetOption = Annotated[list[str], typer.Option("--set", help="dotted.key=value, over the recipe; may be repeated")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe: dotted.key=value; may be repeated")
+]
 _EVAL_HELP = "a folder in CLIP_benchmark's layout, or tars with captions; may be repeated"
 StudentArgument = Annotated[str, typer.Argument(help="a name of the table, or a folder such as runs/NAME/student")]
+
+
+@app.callback()
+def _all(version: VersionOption = False) -> None: ...
+
+
+@app.command()
+def recipes(json_: JsonOption = False) -> None:
+    """List the recipes that `fit --recipe` takes by name."""
+    with errors_as_sentences():
+        print(json.dumps(listed("TRAINING")) if json_ else choice("TRAINING"))
 
 
 @app.command()
 def fit(
     shards: Annotated[str, typer.Option(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")],
-    store: Annotated[str | None, typer.Option(help="what teachers know of these tars; none: plain CLIP")] = None,
-    student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; the recipe's, if none")] = None,
+    store: Annotated[str | None, typer.Option(help="what teachers know of these tars; without: plain CLIP")] = None,
+    student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; else the recipe's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, curves, the student")] = Path(
         "runs/latest"
     ),
     recipe: Annotated[
-        str | None, typer.Option(help="a file in pipelines/ with a TRAINING, or one saved as .json; defaults, if none")
+        str | None,
+        typer.Option(
+            help="name of a recipe (`clip-train recipes`), or a path: mine.py, mine.json; without: the defaults",
+            autocompletion=lambda: list(listed("TRAINING")),
+        ),
     ] = None,
     eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
     set_: SetOption = [],
@@ -47,7 +67,7 @@ def fit(
 
         report = fit_student(config, out)
         if int(os.environ.get("RANK", 0)) == 0:
-            _print(report, json_, f"python -m train eval {out / 'student'} NAME=SET")
+            _print(report, json_, f"{typed('clip-train')} eval {out / 'student'} NAME=SET")
 
 
 @app.command(name="eval")
@@ -121,7 +141,7 @@ def adapt(
     pretrained: Annotated[str | None, typer.Option(help="its weights, a tag or a file")] = None,
     out: Annotated[Path, typer.Option(help="the file that is written")] = Path("runs/prompts.safetensors"),
     recipe: Annotated[
-        str, typer.Option(help="a file in pipelines/ with an ADAPTATION, or one saved as .json")
+        str, typer.Option(help="name of a recipe with an ADAPTATION, or a path: mine.py, mine.json")
     ] = "comkd",
     eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
     set_: SetOption = [],
@@ -140,8 +160,8 @@ def adapt(
         _print(
             adapt_teacher(config, out),
             json_,
-            "python -m reinforce run .. with a recipe whose teacher has "
-            f"prompts={out} and whose class_sets name the classes",
+            f"{typed('clip-reinforce')} run .. with a recipe whose teacher has prompts={out} "
+            "and whose class_sets name the classes",
         )
 
 
@@ -188,6 +208,10 @@ def _print(found: dict[str, Any], json_: bool, following: str = "") -> None:
         print(f"Next:  {following}")
 
 
+def main() -> None:
+    """The command `clip-train`."""
+    start(app)
+
+
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    app()
+    main()

@@ -1,4 +1,4 @@
-"""Photographs of ten kinds of clothing as the experiments use them: small, captioned by a template, some wrongly.
+"""Photographs of ten kinds of clothing for the experiments: small, with captions from a template, some of them wrong.
 
 Source: folders `clothing_train` and `clothing_test` of webdataset tars, `jpg` and a `json` with `label`
 (github.com/alexeygrigorev/clothing-dataset-small, CC0-1.0).
@@ -18,7 +18,7 @@ from reinforce.errors import ConfigError
 from train.evaluation.sets import write_classification_set
 
 TEMPLATE = "a photo of a {}."
-LONGEST_PX = 128  # the students here see 64; decoding what they do not see would be most of the work
+LONGEST_PX = 128  # the students here see 64; decoding larger ones would be most of the work
 SEED = 0
 Labelled = tuple[str, bytes, str]  # key, JPEG, class
 
@@ -46,7 +46,7 @@ def read(source: Path) -> Photographs:
 def write(photographs: Photographs, out: Path, noises: dict[str, float]) -> None:
     """Writes `out/NAME/*.tar` for every share of wrong captions, and the evaluation set `out/test`.
 
-    A wrong caption names another class, drawn for the key alone: the same samples are wrong in every run.
+    A wrong caption names another class. Which are wrong depends on the keys alone, so it is the same in every run.
     """
     classes = photographs.classes
     for name, noise in noises.items():

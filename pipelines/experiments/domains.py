@@ -15,8 +15,8 @@ from pipelines.experiments.clothing import Labelled
 from reinforce.data import shards
 from train.evaluation.sets import write_classification_set
 
-MIN_SAMPLES = 20  # of a Unicode block to learn from
-MAX_TEST_SAMPLES = 40  # of a block to test with: half of all emoji are of one block
+MIN_SAMPLES = 20  # training images that a Unicode block needs to be a class
+MAX_TEST_SAMPLES = 40  # per class: half of all emoji are of one block
 COARSE_PX = 24
 SAMPLES = Path("samples")
 
@@ -46,7 +46,8 @@ def of_clothing(source: Path, out: Path) -> Domain:
 def of_emoji(out: Path) -> Domain:
     """The bundled samples by the Unicode block of their first code point, blocks of MIN_SAMPLES and more.
 
-    Three training tars are learned from. The test is MAX_TEST_SAMPLES a block of the fourth and the held-out one.
+    Training images come from three training tars; test images from the fourth and the held-out one, at most
+    MAX_TEST_SAMPLES per class.
     """
     *learned, last = sorted((SAMPLES / "train").glob("*.tar"))
     train = [sample for tar in learned for sample in _emoji(tar)]
@@ -64,7 +65,7 @@ def _emoji(tar: Path) -> Iterable[tuple[Labelled, str]]:
 
 
 def _written(out: Path, classes: list[str], train: list[Labelled], captions: list[str], test: list[Labelled]) -> Domain:
-    """The domain in `out`. Written anew by every run, to the same bytes, so that it is that of the source asked for."""
+    """The domain in `out`. Every run writes it again, so that it always belongs to the source that was asked for."""
 
     def labelled(samples: list[Labelled], shift: str = "") -> Iterable[tuple[str, dict[str, bytes], int]]:
         for key, jpg, label in samples:

@@ -1,8 +1,8 @@
 """How much should a Mamba student listen to its teachers? DM-CLIP's first question, on clean and on noisy captions.
 
 Command: python -m pipelines lambda_sweep --data FOLDER   (clothing_train and clothing_test, see clothing.py)
-Machine: 2 CPU cores. Two teachers learn from clean captions, a store is written for clean and for noisy tars, and for
-         each a student is trained with every lambda and seed, all for as many steps.
+Machine: 2 CPU cores. Two teachers learn from clean captions; one store is written for the clean tars and one for the
+         noisy; for each, one student is trained per lambda and seed, all for the same number of steps.
 Result:  OUT/table.md and OUT/table.json; the numbers to expect are in docs/results/lambda.md.
 """
 
@@ -37,8 +37,13 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with clothing_train and clothing_test")
-    parser.add_argument("--out", type=Path, default=Path("runs/lambda_sweep"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/lambda_sweep"),
+        help="folder that is written (default: runs/lambda_sweep)",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per lambda (default: 3)")
     parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, one thread each")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
@@ -101,7 +106,7 @@ def _spread(values: list[float]) -> float:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table as README shows it."""
+    """The table as docs/results/lambda.md shows it."""
     lines = ["| wrong captions | λ | top-1 by seed | mean ± spread | against λ = 0, paired |", "|---|---|---|---|---|"]
     for row in table["rows"]:
         gain = f"{row['gain']:+.1f} ± {row['gain_spread']:.1f}" if row["lambda"] else ""

@@ -1,4 +1,4 @@
-"""The bundled samples as a journey: their store, a student, and what the student is held to.
+"""The bundled samples from store to student, and what the student is compared with.
 
 Command: make train
 Machine: 2 CPU cores, no GPU; about 5 minutes.
@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.experiments import steps
 from reinforce.recipes import load_recipe
+from reinforce.terminal import typed
 from train import students
 from train.config import load_training
 from train.evaluation.metrics import evaluate
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     asked = parser.parse_args(argv)
     students.find(asked.student)
     out: Path = asked.out or Path("runs") / Path(asked.student).name
-    print(f"the store {asked.store}: what is not there is written now", file=sys.stderr)
+    print(f"the store {asked.store}: what is missing is written now", file=sys.stderr)
     steps.write_store(SHARDS, asked.store, load_recipe("sample"), workers=2)
     training = training.but(shards=SHARDS, student=asked.student, store=asked.store, eval_sets={"heldout": HELDOUT})
     runs = {"distilled": training, "contrastive": training.but(distill=0)}
@@ -54,7 +55,7 @@ def _table(found: dict[str, Any], out: Path) -> str:
     lines += [
         "",
         f"Student: {out}/distilled/student, an open_clip folder; curves: tensorboard --logdir {out}",
-        f"Next:    clip-train eval {out}/distilled/student heldout={HELDOUT}",
-        f"         clip-train export {out}/distilled/student {out}/export",
+        f"Next:    {typed('clip-train')} eval {out}/distilled/student heldout={HELDOUT}",
+        f"         {typed('clip-train')} export {out}/distilled/student {out}/export",
     ]
     return "\n".join(lines)

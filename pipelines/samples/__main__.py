@@ -1,7 +1,7 @@
 """The bundled samples: emoji in tars, and two small CLIP teachers and a small CoCa trained on them.
 
 Command: make samples
-Machine: Debian or Ubuntu with its package archive; 2 CPU cores, about 25 minutes.
+Machine: Debian or Ubuntu with its package archive; 2 CPU cores, about half an hour.
 """
 
 import argparse

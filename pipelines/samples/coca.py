@@ -1,5 +1,5 @@
-"""Trains the small CoCa, which `clip-train fit` does not know: contrastive and captioning loss together (open_clip's
-CoCaLoss, weights of CoCa, Yu et al. 2022, arXiv 2205.01917). Batches and schedule are the trainer's.
+"""Trains the small CoCa, which `clip-train fit` does not know: contrastive and captioning loss together, with the
+weights of CoCa (Yu et al. 2022, arXiv 2205.01917). Batches and schedule are the trainer's.
 """
 
 import json

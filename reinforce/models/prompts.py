@@ -168,9 +168,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"prompts {path} cannot be read: {error}; make them with: python -m train adapt") from error
+        raise ConfigError(f"prompts {path} cannot be read: {error}; make them with: clip-train adapt") from error
     if metadata.get("kind") != _KIND:
-        raise ConfigError(f"{path} holds no prompts; make them with: python -m train adapt")
+        raise ConfigError(f"{path} holds no prompts; make them with: clip-train adapt")
     return metadata, tensors
 
 

@@ -3,6 +3,7 @@
 Names of shards and counts travel through Ray, never pixels or embeddings, so that its object store stays empty.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -164,11 +165,14 @@ def _ray(num_workers: int) -> Any:
             "Ray is not installed: pip install 'clip-reinforce[reinforce]', or use --workers 0 to work without it"
         ) from None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    # Ray puts the folder where it is started first on its workers' module path, and there a user's own train.py would
+    # stand in the way of our package. Started in the folder of our packages, workers find the code of the driver.
+    with contextlib.chdir(Path(__file__).parents[2]):
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     return ray
 
 

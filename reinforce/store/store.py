@@ -67,9 +67,7 @@ class Store:
         """The manifest of a store that has to exist. Raises StoreError."""
         manifest = self.manifest()
         if manifest is None:
-            raise StoreError(
-                f"no store at {self.url}; make one with: python -m reinforce run SHARDS --store {self.url}"
-            )
+            raise StoreError(f"no store at {self.url}; make one with: clip-reinforce run SHARDS --store {self.url}")
         return manifest
 
     def promise(self, manifest: Manifest) -> None:
