@@ -7,7 +7,7 @@ A `Recipe` holds what decides the bytes of a store; it is saved in the manifest 
 import difflib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -198,12 +198,12 @@ def parse(kind: type[T], tree: Any, where: str) -> T:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where} is not valid:\n  {sentences(error, tree)}") from None
+        raise ConfigError(f"{where} is not valid:\n  {sentences(error, kind)}") from None
 
 
-def sentences(error: ValidationError, tree: Any = None) -> str:
-    """Every fault that pydantic found, a line each; with `tree`, what was checked, the keys that come near."""
-    return "\n  ".join(": ".join(filter(None, [".".join(map(str, f["loc"])), _plain(f, tree)])) for f in error.errors())
+def sentences(error: ValidationError, kind: type[Config] = Config) -> str:
+    """Every fault that pydantic found, a line each; of an unknown key, the keys of `kind` that come near."""
+    return "\n  ".join(": ".join(filter(None, [".".join(map(str, f["loc"])), _plain(f, kind)])) for f in error.errors())
 
 
 def near(key: str, node: Any) -> str:
@@ -213,12 +213,13 @@ def near(key: str, node: Any) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; there are: {', '.join(keys) or 'none'}"
 
 
-def _plain(fault: Any, tree: Any) -> str:
+def _plain(fault: Any, kind: Any) -> str:
     """A fault without pydantic's own words for what kind of error it is."""
-    *path, key = fault["loc"] or ("",)
     if fault["type"] != "extra_forbidden":
         return str(fault["msg"]).removeprefix("Value error, ")
-    for step in path:
-        tree = tree[step] if isinstance(tree, dict) else None
-    known = {k: v for k, v in tree.items() if k != key} if isinstance(tree, dict) else {}
-    return f"unknown key{near(str(key), known)}" if known else "unknown key"
+    *path, key = fault["loc"]
+    for step in path:  # down to the settings that the key is in; the name of an item, such as a teacher's, is no step
+        if field := kind.model_fields.get(step):
+            inner = (field.annotation, *get_args(field.annotation))  # `ComkdConfig | None`, `dict[Name, Teacher]`
+            kind = next((each for each in inner if hasattr(each, "model_fields")), Config)
+    return f"unknown key{near(str(key), kind.model_fields)}" if kind.model_fields else "unknown key"

@@ -2,16 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipelines.experiments import lambda_sweep, steps
+from reinforce.config import Recipe
+from reinforce.errors import ConfigError
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
+from train.config import TrainConfig
+from train.trainer import fit
 
 SMALL = ["--set", "steps=2", "--set", "global_batch_size=8", "--set", "streams=4", "--set", "workers=0"]
 
@@ -83,28 +89,65 @@ def test_journeys_name_themselves() -> None:
     assert code == 2 and "lambda_sweep" in said and "sample" in said
 
 
-def test_a_step_that_is_done_is_skipped_and_a_failed_one_shows_its_words(tmp_path: Path) -> None:
-    done = tmp_path / "a/report.json"
-    done.parent.mkdir()
-    done.touch()
-    steps.run([(done, ["train", "no-such-command"])], "nothing")
-    with pytest.raises(steps.StepFailed, match=r"(?s)ended with 2.*no-such-command"):
-        steps.run([(tmp_path / "b/report.json", ["train", "no-such-command"])], "failing")
+@pytest.fixture(scope="module")
+def training(reinforced: Reinforced) -> TrainConfig:
+    return TrainConfig(
+        shards=reinforced.shards,
+        store=reinforced.store,
+        student=reinforced.student,
+        steps=2,
+        global_batch_size=8,
+        streams=4,
+        workers=0,
+        report_to=[],
+    )
 
 
-def test_the_table_of_the_sweep(tmp_path: Path) -> None:
+def test_trainings_side_by_side_are_done_once(training: TrainConfig, tmp_path: Path) -> None:
+    runs = {f"seed_{seed}": training.but(seed=seed) for seed in range(2)}
+    reports = steps.fit_all(runs, tmp_path, "students", at_once=2)
+    assert [(name, reports[name]["out"]) for name in runs] == [(name, str(tmp_path / name)) for name in runs]
+    assert reports["seed_0"]["metrics"] != reports["seed_1"]["metrics"]
+    assert "step 2/2" in (tmp_path / "seed_1/log.txt").read_text()
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = {"seed_0": runs["seed_0"]}
+    assert steps.fit_all(again, tmp_path, "students", at_once=1) == {"seed_0": reports["seed_0"]}
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == weights
+    with pytest.raises(ConfigError, match="belongs to a training with other settings"):
+        fit(training.but(steps=3), tmp_path / "seed_0")
+    own = {"own": training.shards.split("::")[0]}
+    with pytest.raises(ConfigError, match="was not evaluated on own"):
+        steps.fit_all({"seed_0": training.but(eval_sets=own)}, tmp_path, "students", at_once=1)
+
+
+def test_after_a_training_that_fails_no_other_begins(training: TrainConfig, tmp_path: Path) -> None:
+    runs = {"a": training.but(student="mamba_tinny"), "b": training, "c": training}
+    with pytest.raises(ConfigError, match="did you mean mamba_tiny"):
+        steps.fit_all(runs, tmp_path, "students", at_once=1)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_training_that_is_killed_gets_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(steps.StepFailed, match="its process was killed"):
+        steps.side_by_side({tmp_path / "a": partial(signal.raise_signal, signal.SIGKILL)}, "one", at_once=1)
+
+
+def test_a_store_whose_shards_fail_gets_a_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    tar = tiny.tar(tmp_path / "00000.tar", 2, 2)
+    with pytest.raises(steps.StepFailed, match="1 shards failed; of 00000 it says: 2 of 4 samples are invalid"):
+        steps.write_store(tar, str(tmp_path / "store"), recipe, workers=0)
+
+
+def test_the_table_of_the_sweep() -> None:
     """Three seeds, hand-made scores: means, spreads, and gains by seed."""
-    scores = {0.0: (0.40, 0.50, 0.60), 0.25: (0.41, 0.52, 0.63), 0.75: (0.50, 0.60, 0.70), 1.0: (0.40, 0.50, 0.60)}
-    for noise in lambda_sweep.NOISES:
-        for weight, found in scores.items():
-            for seed, top1 in enumerate(found):
-                folder = tmp_path / lambda_sweep._name(noise, weight, seed)
-                folder.mkdir()
-                (folder / "report.json").write_text(json.dumps({"evaluated": {"test": {"top1": top1}}}))
-    for i in range(2):
-        (tmp_path / f"teacher_{i}").mkdir()
-        (tmp_path / f"teacher_{i}/report.json").write_text(json.dumps({"evaluated": {"test": {"top1": 0.7}}}))
-    table = lambda_sweep._table(tmp_path, 3)
+    scores = {0.0: (40.0, 50.0, 60.0), 0.25: (41.0, 52.0, 63.0), 0.75: (50.0, 60.0, 70.0), 1.0: (40.0, 50.0, 60.0)}
+    top1 = {f"teacher_{i}": 70.0 for i in range(2)} | {
+        lambda_sweep._name(noise, weight, seed): top1
+        for noise in lambda_sweep.NOISES
+        for weight, found in scores.items()
+        for seed, top1 in enumerate(found)
+    }
+    table = lambda_sweep._table(top1, 3)
     row = table["rows"][1]
     assert row["mean"] == pytest.approx(52.0) and row["spread"] == pytest.approx(11.0)
     assert row["gain"] == pytest.approx(2.0) and row["gain_spread"] == pytest.approx(1.0)

@@ -1,1 +1,1 @@
-"""Experiments: commands of the project one after the other, up to a table."""
+"""Experiments: the project from data to a table of results. Run them with `python -m pipelines NAME`."""
