@@ -65,7 +65,7 @@ def errors_as_sentences() -> Iterator[None]:
         request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
             error, Corrupt
         )
-        raise typer.Exit(2 if request_was_wrong else 1) from None
+        sys.exit(2 if request_was_wrong else 1)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        sys.exit(130)

@@ -89,6 +89,15 @@ def test_journeys_name_themselves() -> None:
     assert code == 2 and "lambda_sweep" in said and "sample" in said
 
 
+@pytest.mark.parametrize("name", ["comkd", "sample"])
+def test_outside_a_checkout_it_is_said_where_the_samples_are(name: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipelines", name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: no samples/train here")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def training(reinforced: Reinforced) -> TrainConfig:
     return TrainConfig(

@@ -100,8 +100,8 @@ def _check(config: Model, random_seed: int | None) -> None:
         folder = config.model.removeprefix("local-dir:")
         if config.model.startswith("local-dir:") and not Path(folder, "open_clip_config.json").is_file():
             raise ConfigError(
-                f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder. Paths are relative "
-                "to where you run; the bundled models are in samples/ of a checkout of this project"
+                f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder. Paths are "
+                "relative to where you run; the bundled models are in samples/ of a checkout of this project"
             )
         return
     if config.model not in open_clip.list_models():
