@@ -67,8 +67,9 @@ def eval_(
 ) -> None:
     """Score a student: zero-shot classification where images have classes, retrieval where they have captions.
 
-    A student trained with comkd is scored on its own classes: top-1 of all, of the base half, of the novel half, and
-    the harmonic mean of these two. All scores are shares from 0 to 1.
+    All scores are shares from 0 to 1.
+
+    A student trained with comkd is scored on its own classes, by the base-to-novel protocol.
     """
     with errors_as_sentences():
         from reinforce.models.open_clip import pick_device
@@ -88,8 +89,9 @@ def export(
 ) -> None:
     """Write a student as an open_clip folder and as ONNX, and check that both give what the student gives.
 
-    ONNX files are both towers; of a student trained with comkd, its classifier. If the check finds a difference, the
-    exit code is 1 and the files stay in OUT.partial.
+    ONNX has both towers, or the classifier of a student trained with comkd.
+
+    If the check finds a difference, the exit code is 1 and the files stay in OUT.partial.
     """
     with errors_as_sentences():
         from train.trained import load
@@ -159,8 +161,11 @@ def classify(
 ) -> None:
     """Give the three most probable classes of each image, among the classes that the student was trained on.
 
-    Numbers are probabilities from 0 to 1; over all classes they add up to 1. An image that cannot be read is named on
-    stderr, and under `failed` in JSON, where the others are under `classified`; the exit code is then 1.
+    The numbers are probabilities from 0 to 1. Over all classes they add up to 1.
+
+    Images that cannot be read are named on stderr, the others are classified, and the exit code is 1.
+
+    JSON has the probabilities under `classified` and the reasons under `failed`, both by file.
     """
     with errors_as_sentences():
         from reinforce.data.images import decode
