@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
 from pipelines.experiments import lambda_sweep, steps
 from reinforce.config import Recipe
@@ -16,6 +19,7 @@ from reinforce.errors import ConfigError
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
+from train.__main__ import app
 from train.config import TrainConfig
 from train.trainer import fit
 
@@ -52,6 +56,32 @@ def test_eval(trained: Path, reinforced: Reinforced) -> None:
     found = json.loads(told)
     assert found["a"] == json.loads((trained / "report.json").read_text())["evaluated"]["own"]
     assert found["b"]["num_skipped"] == 2
+
+
+def test_eval_in_half_precision_is_near(trained: Path, reinforced: Reinforced) -> None:
+    asked = ["eval", str(trained / "student"), f"a={reinforced.shards.split('::')[0]}", "--device", "cpu", "--json"]
+    ran = CliRunner().invoke(app, [*asked, "--precision", "amp_bf16", "--batch-size", "3"])
+    assert ran.exit_code == 0, ran.stderr
+    full = json.loads((trained / "report.json").read_text())["evaluated"]["own"]
+    assert json.loads(ran.stdout)["a"] == pytest.approx(full, abs=0.2)  # 13 images: two of them may move
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_card_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    """The folder, the set and the image do not exist either."""
+    nowhere = str(tmp_path / "nowhere")
+    for arguments in (["eval", nowhere, f"a={nowhere}"], ["classify", nowhere, nowhere], ["latency", nowhere]):
+        ran = CliRunner().invoke(app, [*arguments, "--device", "cuda"])
+        assert (ran.exit_code, ran.stdout) == (2, "")
+        assert "device cuda was asked for, and torch finds none" in ran.stderr
+
+
+def test_every_option_of_the_commands_for_students_has_help() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("eval", "export", "classify", "latency"):
+        assert commands[name].help
+        missing = [parameter.name for parameter in commands[name].params if not getattr(parameter, "help", None)]
+        assert not missing, (name, missing)
 
 
 def test_export(trained: Path, tmp_path: Path) -> None:

@@ -220,5 +220,5 @@ def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, flo
         eval_set = EvalSet(url)
         loaded = eval_set.load(student.preprocess_cfg)
         classes = embed_classes(student, eval_set.prompts or [], 256)
-        scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.said), classes)
+        scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.truth), classes)
     return scores

@@ -261,5 +261,5 @@ class _Adaptation(Training[_Batch]):
         for name, eval_set in self.eval_sets.items():
             loaded = eval_set.load(student.preprocess_cfg)
             features = embed_images(student, loaded.images, 256)
-            results[name] = base_to_novel(features, torch.tensor(loaded.said), embed_classes(student, texts, 256))
+            results[name] = base_to_novel(features, torch.tensor(loaded.truth), embed_classes(student, texts, 256))
         return results
