@@ -1,4 +1,4 @@
-"""The bundled samples: real pictures, two small teachers, a small captioner, small students. Runs anywhere, offline.
+"""The bundled samples, in a checkout of this project: emoji, two small teachers, a small captioner; to try things out.
 
 Command: make reinforce (the store), make train (a student, and what it is compared with)
 Machine: 2 CPU cores, no GPU.

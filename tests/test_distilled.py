@@ -17,7 +17,7 @@ from reinforce.config import ClassSet, Recipe, RunOptions
 from reinforce.data import shards
 from reinforce.errors import ConfigError, StoreError
 from reinforce.run import driver
-from reinforce.store.manifest import CLASSES
+from reinforce.store.columns import CLASSES
 from reinforce.store.store import Store
 from tests import tiny
 from train import students
@@ -210,7 +210,7 @@ def test_each_term_can_be_off(made: Made) -> None:
         found = alone.loss(out, batch)[1]
         of_attention = {"alpha"} if alone.classifier.head.attention else set()
         assert set(found) == {kept, "agreement", "loss"} | of_attention and found["loss"] == found[kept] == parts[kept]
-    assert torch.equal(out["image"], out["image/projected"])  # alpha is 0
+    assert out.text == {} and torch.equal(out.image["features"], out.image["guess/vit"])  # alpha is 0
     for wrong, told in (
         ({"kl": 0, "align": 0, "attention": False}, "nothing to learn"),
         ({"kl": 0}, "EduAttention learns through the logits"),
@@ -250,7 +250,7 @@ def test_what_does_not_fit_gets_a_sentence(made: Made, reinforced, tmp_path: Pat
     told("its images have captions", eval_sets={"x": reinforced.shards.split("::")[0]})
     told("open_clip's ViT; this one is a TimmModel", student="mamba_tiny", comkd={"num_prompts": 2})
     with pytest.raises(ConfigError, match="holds no captions"):
-        fit(config(made).model_copy(update={"comkd": None}), tmp_path / "never")
+        fit(config(made).but(comkd=None), tmp_path / "never")
 
 
 def test_class_texts_that_are_not_whole_are_told(made: Made, tmp_path: Path) -> None:

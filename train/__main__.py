@@ -127,7 +127,7 @@ def latency(
 ) -> None:
     """Parameters, FLOPs and milliseconds of students, folded and warmed up, by one protocol."""
     with errors_as_sentences():
-        from reinforce.models.open_clip import pick_device
+        from reinforce.models.device import pick_device
         from train.latency import measure, table
 
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)

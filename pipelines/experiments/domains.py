@@ -10,7 +10,7 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
-from pipelines.experiments import clothing
+from pipelines.experiments import bundled, clothing
 from pipelines.experiments.clothing import Labelled
 from reinforce.data import shards
 from train.evaluation.sets import write_classification_set
@@ -18,7 +18,6 @@ from train.evaluation.sets import write_classification_set
 MIN_SAMPLES = 20  # training images that a Unicode block needs to be a class
 MAX_TEST_SAMPLES = 40  # per class: half of all emoji are of one block
 COARSE_PX = 24
-SAMPLES = Path("samples")
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,12 @@ def of_emoji(out: Path) -> Domain:
     """The bundled samples by the Unicode block of their first code point, blocks of MIN_SAMPLES and more.
 
     Training images come from three training tars; test images from the fourth and the held-out one, at most
-    MAX_TEST_SAMPLES per class.
+    MAX_TEST_SAMPLES per class. Raises ConfigError where the samples are not there.
     """
-    *learned, last = sorted((SAMPLES / "train").glob("*.tar"))
+    samples = bundled()
+    *learned, last = sorted((samples / "train").glob("*.tar"))
     train = [sample for tar in learned for sample in _emoji(tar)]
-    test = [sample for tar in (last, SAMPLES / "heldout/00000.tar") for sample, _ in _emoji(tar)]
+    test = [sample for tar in (last, samples / "heldout/00000.tar") for sample, _ in _emoji(tar)]
     counts = Counter(block for (_, _, block), _ in train)
     classes = sorted(block for block, num in counts.items() if num >= MIN_SAMPLES)
     train = [(sample, text) for sample, text in train if sample[2] in classes]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.experiments import steps
+from pipelines.experiments import bundled, steps
 from reinforce.recipes import load_recipe
 from reinforce.terminal import typed
 from train import students
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="folder that is written (default: runs/STUDENT)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args(argv)
+    bundled()
     students.find(asked.student)
     out: Path = asked.out or Path("runs") / Path(asked.student).name
     print(f"the store {asked.store}: what is missing is written now", file=sys.stderr)

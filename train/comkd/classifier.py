@@ -20,7 +20,7 @@ from reinforce.errors import ConfigError
 from reinforce.models import tensorfile
 from reinforce.models.open_clip import open_clip
 from reinforce.models.prompts import Prompts
-from reinforce.store.manifest import CLASSES, class_columns
+from reinforce.store.columns import CLASSES, class_columns
 from reinforce.store.store import Store
 from train import students
 from train.comkd.base_to_novel import base_to_novel, check_classes

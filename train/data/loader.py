@@ -6,10 +6,11 @@ in the order in which they were asked for, so they are the same for any number o
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Self
 from weakref import WeakValueDictionary
 
 import ml_dtypes
@@ -36,6 +37,28 @@ class Batch:
     tokens: dict[str, Tensor]
     image_targets: dict[str, Tensor]
     text_targets: dict[str, dict[str, Tensor]]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same samples, with every tensor through `function`."""
+        return type(self)(self.keys, *(_each(function, part) for part in self._tensors))
+
+    @classmethod
+    def cat(cls, pieces: Sequence[Self]) -> Self:
+        """Pieces, one after the other, as one batch."""
+        parts = zip(*(piece._tensors for piece in pieces), strict=True)
+        keys = [key for piece in pieces for key in piece.keys]
+        return cls(keys, *(_each(lambda *tensors: torch.cat(tensors), *part) for part in parts))
+
+    @property
+    def _tensors(self) -> tuple[Any, ...]:
+        return self.images, self.tokens, self.image_targets, self.text_targets
+
+
+def _each(function: Callable[..., Any], *trees: Any) -> Any:
+    """Arrays, or dicts of them: what `function` makes of those that have the same names in every tree."""
+    if isinstance(trees[0], dict):
+        return {name: _each(function, *(tree[name] for tree in trees)) for name in trees[0]}
+    return function(*trees)
 
 
 @dataclass(frozen=True)
@@ -148,26 +171,14 @@ def _work(rows: list[_Row]) -> _Work:
 
 
 def _batch(rows: list[_Row], keys: list[str], pixels: Tensor, tokens: dict[str, Tensor]) -> Batch:
-    first = rows[0].shard
-    return Batch(
-        keys,
-        pixels,
-        tokens,
-        {name: _stack(item.shard.image_targets[name][item.row] for item in rows) for name in first.image_targets},
-        {
-            text_set: {
-                name: _stack(item.shard.text_targets[text_set][name][item.row] for item in rows) for name in said
-            }
-            for text_set, said in first.text_targets.items()
-        },
-    )
+    def stacked(*columns: np.ndarray) -> Tensor:
+        """One row of each bfloat16 column, as a tensor."""
+        taken = np.stack([column[item.row] for column, item in zip(columns, rows, strict=True)])
+        return torch.from_numpy(taken.astype(ml_dtypes.bfloat16, copy=False).view(np.int16)).view(torch.bfloat16)
 
-
-def _stack(rows: Iterator[np.ndarray]) -> Tensor:
-    """Rows of bfloat16 as a tensor."""
-    return torch.from_numpy(np.stack(list(rows)).astype(ml_dtypes.bfloat16, copy=False).view(np.int16)).view(
-        torch.bfloat16
-    )
+    image_targets = _each(stacked, *(item.shard.image_targets for item in rows))
+    text_targets = _each(stacked, *(item.shard.text_targets for item in rows))
+    return Batch(keys, pixels, tokens, image_targets, text_targets)
 
 
 class _Asked:
