@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import comkd
-from pipelines.experiments import domains
+from pipelines.experiments import comkd, domains
 from reinforce.data.shards import expand, read_parts
 from reinforce.errors import ConfigError
 from tests import tiny

@@ -21,7 +21,6 @@ from tests.conftest import Reinforced
 from tests.processes import ROOT
 from train.__main__ import app
 from train.config import TrainConfig
-from train.trainer import fit
 
 SMALL = ["--set", "steps=2", "--set", "global_batch_size=8", "--set", "streams=4", "--set", "workers=0"]
 
@@ -153,22 +152,17 @@ def test_trainings_side_by_side_are_done_once(training: TrainConfig, tmp_path: P
     assert steps.fit_all(again, tmp_path, "students", at_once=1) == {"seed_0": reports["seed_0"]}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == weights
     with pytest.raises(ConfigError, match="belongs to a training with other settings"):
-        fit(training.but(steps=3), tmp_path / "seed_0")
+        steps.fit_all({"seed_0": training.but(steps=3)}, tmp_path, "students", at_once=1)
     own = {"own": training.shards.split("::")[0]}
     with pytest.raises(ConfigError, match="was not evaluated on own"):
         steps.fit_all({"seed_0": training.but(eval_sets=own)}, tmp_path, "students", at_once=1)
 
 
-def test_after_a_training_that_fails_no_other_begins(training: TrainConfig, tmp_path: Path) -> None:
-    runs = {"a": training.but(student="mamba_tinny"), "b": training, "c": training}
-    with pytest.raises(ConfigError, match="did you mean mamba_tiny"):
-        steps.fit_all(runs, tmp_path, "students", at_once=1)
+def test_a_job_that_is_killed_gets_a_sentence_and_no_other_begins(tmp_path: Path) -> None:
+    killed, other = partial(signal.raise_signal, signal.SIGKILL), partial(print, "begun")
+    with pytest.raises(steps.StepFailed, match=f"{tmp_path}/a: its process was killed"):
+        steps.side_by_side({tmp_path / "a": killed, tmp_path / "b": other, tmp_path / "c": other}, "jobs", at_once=1)
     assert not (tmp_path / "c").exists()
-
-
-def test_a_training_that_is_killed_gets_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(steps.StepFailed, match="its process was killed"):
-        steps.side_by_side({tmp_path / "a": partial(signal.raise_signal, signal.SIGKILL)}, "one", at_once=1)
 
 
 def test_a_store_whose_shards_fail_gets_a_sentence(recipe: Recipe, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from train.config import TrainConfig
 from train.trainer import fit
 
 LOG = "log.txt"
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload([__name__])  # torch is imported once, and not by every training
 T = TypeVar("T")
 
 
@@ -71,7 +73,7 @@ def write_store(shards: str, store: str, recipe: Recipe, workers: int) -> None:
 
 def _alone(folder: Path, job: Callable[[], T]) -> T:
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, FORK_SERVER) as process:
             return process.submit(_logged, folder, job).result()
     except BrokenProcessPool:
         raise StepFailed(
