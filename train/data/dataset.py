@@ -44,7 +44,8 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
 
     batch_size: samples per rank, as open_clip counts them. What does not fill a batch of all ranks is not seen in this
         epoch; the next one, `set_epoch(epoch)`, has another order and the next view and caption of each sample.
-    image_px, mean, std: side of the pictures in pixels, and pixel / 255 less `mean`, over `std`, by channel.
+    image_px, mean, std: side of the pictures in pixels, and pixel / 255 less `mean`, over `std`, by channel; a model of
+        open_clip has them as `model.visual.image_size` (a number or a square), `.image_mean` and `.image_std`.
     tokenizer: list of N texts in, int64 (N, T) out.
     teachers, text_sets: names of the store; all, if None. A caption is of one text set, drawn for each sample.
     rank, world_size: those of torch.distributed, or 0 of 1, if None.
@@ -61,7 +62,7 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
         store: str | PathLike[str],
         *,
         batch_size: int,
-        image_px: int,
+        image_px: int | Sequence[int],
         mean: Sequence[float],
         std: Sequence[float],
         tokenizer: Tokenizer,
@@ -95,7 +96,11 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
         self._source = source_of(config)
         self._share = streams // self.world_size
         self._order = Order(self._source.good_rows, config.global_batch_size, streams, seed)
-        self.batch_size, self.image_px, self.tokenizer = batch_size, image_px, tokenizer
+        self.batch_size, self.tokenizer = batch_size, tokenizer
+        sides = {image_px} if isinstance(image_px, int) else set(image_px)
+        if len(sides) != 1:
+            raise ConfigError(f"image_px {image_px}: views are square; give one number of pixels")
+        (self.image_px,) = sides
         self.logit_scales = {name: facts.logit_scale for name, facts in self._source.teachers.items()}
         self._mean, self._std = (np.array(values, np.float32) for values in (mean, std))
         self._epoch = torch.zeros((), dtype=torch.int64)
