@@ -8,8 +8,8 @@ open_clip's reader needs pandas and an older webdataset than the rest of this pr
     pip install --no-deps --target old pandas python-dateutil six 'webdataset==0.2.86' && export PYTHONPATH=old
 
 Images per second of CPU time, on one thread and without worker processes, so that what else the machine does counts
-little. The first two read as open_clip does (webdataset, its transform, the `txt` caption); the store's views are cropped
-harder and have two operations of RandAugment. The teacher is `vit` of the samples.
+little. The first two read as open_clip does (webdataset, its transform, the `txt` caption); the store's views are
+cropped harder and have two operations of RandAugment. The teacher is `vit` of the samples.
 """
 
 import json
