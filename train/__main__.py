@@ -92,7 +92,7 @@ def eval_(
     A student trained with comkd is scored on its own classes, by the base-to-novel protocol.
     """
     with errors_as_sentences():
-        from reinforce.models.open_clip import pick_device
+        from reinforce.models.device import pick_device
         from train.evaluation.sets import EvalSet
         from train.trained import load
 
@@ -189,7 +189,7 @@ def classify(
     """
     with errors_as_sentences():
         from reinforce.data.images import decode
-        from reinforce.models.open_clip import pick_device
+        from reinforce.models.device import pick_device
         from train.comkd.classifier import load
 
         place = pick_device(device)
