@@ -15,7 +15,7 @@ from reinforce.data import augment, shards
 from reinforce.data.shards import Status
 from reinforce.data.views import replayed
 from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, ReplayError
-from reinforce.store.manifest import columns
+from reinforce.store.columns import columns
 from reinforce.store.store import Store
 
 _NAMED = 8  # names that an error lists, of possibly many
@@ -92,7 +92,7 @@ class ShardReader:
     @property
     def columns(self) -> list[str]:
         """The columns that are written; those of a run that is not finished are fewer than the recipe's."""
-        wanted = columns(self._recipe)
+        wanted = self._wanted
         absent = set(self._store.missing(self.name, wanted))
         return [column for column in wanted if column not in absent]
 
@@ -102,7 +102,7 @@ class ShardReader:
         Embeddings are bfloat16 of ml_dtypes: `.astype(np.float32)` is exact. Raises ConfigError where the recipe has no
         such column, NotCommitted where it is not written yet, Corrupt where it is damaged.
         """
-        _one_of(column, columns(self._recipe), "column", self._where)
+        _one_of(column, self._wanted, "column", self._where)
         if index is not None:
             shape = self._store.open_array(self.name, column).shape
             if len(shape) < 2 or not 0 <= index < shape[0]:
@@ -136,14 +136,17 @@ class ShardReader:
 
         Raises ConfigError for a set or row that is not there and for a row in quarantine; NotCommitted, Corrupt.
         """
-        names = [column.split("/")[1] for column in columns(self._recipe) if column.endswith("/caption")]
-        _one_of(text_set, names, "text set", self._where)
+        _one_of(text_set, self._recipe.text_sets, "text set", self._where)
         self._check_good(row)
         return [str(text) for text in self._latest(f"text/{text_set}/caption", None)[:, row]]
 
     def quarantine(self) -> dict[int, str]:
         """Row and reason of every sample that is not used."""
         return {int(row): Status(int(self.status[row])).reason for row in np.flatnonzero(self.status)}
+
+    @property
+    def _wanted(self) -> list[str]:
+        return [str(column) for column in columns(self._recipe)]
 
     @property
     def _where(self) -> str:
