@@ -111,6 +111,7 @@ def assert_same_embeddings(a: np.ndarray, b: np.ndarray) -> None:
     assert cosine[good].min() > 0.99999
 
 
+@pytest.mark.heavy
 def test_a_training_goes_on_from_its_checkpoint() -> None:
     """Equal bit for bit on the machine that wrote it, hence the same on any but for rounding."""
     expected = json.loads(Path("expected.json").read_text())["curve"]
