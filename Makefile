@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+REINFORCE := $(VENV)/bin/clip-reinforce
+TRAIN := $(VENV)/bin/clip-train
 SHARDS ?= samples/train/{00000..00003}.tar
 STORE ?= stores/samples.zarr
 RECIPE ?= sample
@@ -17,11 +19,17 @@ JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist worksteal
 FAST := not slow and not chaos and not heavy
 
+# Bare, a door works on the bundled samples. With data of your own, nothing of the samples is mixed in: where some of these
+# are named (here or in the environment), `$(call require,SHARDS STORE)` stops a door unless both are.
+named = $(strip $(foreach name,SHARDS STORE RECIPE OUT,$(if $(filter command environment,$(origin $(name))),$(name))))
+missing = $(filter-out $(named),$(1))
+require = $(if $(named),$(if $(missing),echo "make $@: name $(missing) as well; $(named) alone would be mixed with the samples" >&2; exit 2,:),:)
+
 # A job runs in a folder of its own on some node: local paths have to be absolute.
 everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
-.PHONY: help setup setup-gpu reinforce train verify info submit samples test test-fast test-slow coverage chaos check \
-	pins format bench clean
+.PHONY: help setup setup-gpu reinforce train verify info submit samples picture test test-fast test-slow coverage \
+	chaos check pins format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -40,31 +48,39 @@ setup-gpu: setup ## the CUDA kernels of mamba-ssm too, built here (needs nvcc an
 		--disable-pip-version-check --no-build-isolation --no-deps mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
 
 reinforce: setup ## SHARDS='dir/{00000..00127}.tar' STORE=stores/x.zarr RECIPE=name: write the store; bare: the samples
-	@$(PY) -m reinforce run '$(SHARDS)' --store '$(STORE)' --recipe '$(RECIPE)' --workers '$(WORKERS)' $(ARGS)
+	@$(call require,SHARDS STORE)
+	@$(REINFORCE) run '$(SHARDS)' --store '$(STORE)' $(if $(named),$(if $(filter RECIPE,$(named)),--recipe '$(RECIPE)'),\
+		--recipe sample) --workers '$(WORKERS)' $(ARGS)
 
-# Without data of one's own: the bundled samples, and beside the student what it is held to.
 train: setup ## SHARDS=.. STORE=.. STUDENT=name RECIPE=name OUT=folder: a student from a store; bare: the samples
-ifeq ($(filter command environment,$(origin SHARDS) $(origin STORE)),)
+	@$(call require,SHARDS STORE)
+ifeq ($(named),)
 	@$(PY) -m pipelines sample $(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
 else
-	@$(PY) -m train fit --shards '$(SHARDS)' --store '$(STORE)' --out '$(OUT)' \
-		$(if $(filter file,$(origin RECIPE)),,--recipe '$(RECIPE)') $(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
+	@$(TRAIN) fit --shards '$(SHARDS)' $(if $(STORE),--store '$(STORE)') --out '$(OUT)' \
+		$(if $(filter RECIPE,$(named)),--recipe '$(RECIPE)') $(if $(STUDENT),--student '$(STUDENT)') $(ARGS)
 endif
 
-info: setup ## STORE=..: what a store holds
-	@$(PY) -m reinforce info '$(STORE)' $(ARGS)
+info: setup ## STORE=..: what a store holds; bare: the samples' store
+	@$(REINFORCE) info '$(STORE)' $(ARGS)
 
-verify: setup ## STORE=.. SHARDS=..: doubt a store, and replay 100 of its views
-	@$(PY) -m reinforce verify '$(STORE)' --shards '$(SHARDS)' --replay 100 $(ARGS)
+verify: setup ## STORE=.. SHARDS=..: check a store, and make 100 of its views again; bare: the samples' store
+	@$(call require,SHARDS STORE)
+	@$(REINFORCE) verify '$(STORE)' --shards '$(SHARDS)' --replay 100 $(ARGS)
 
-submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=..: the same as a job on a Ray cluster
-	@test -n '$(RAY_ADDRESS)' || { echo 'say which cluster: make submit RAY_ADDRESS=http://HEAD:8265 SHARDS=.. STORE=..'; exit 2; }
+submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=.. RECIPE=name: the same as a job on a Ray cluster
+	@test -n '$(RAY_ADDRESS)' || { echo 'name the cluster: make submit RAY_ADDRESS=http://HEAD:8265 SHARDS=.. STORE=..' >&2; exit 2; }
+	@$(call require,SHARDS STORE RECIPE)
 	@$(VENV)/bin/ray job submit --address '$(RAY_ADDRESS)' --working-dir . --runtime-env pipelines/cluster/runtime_env.yaml \
 		-- python -m reinforce run '$(call everywhere,$(SHARDS))' --store '$(call everywhere,$(STORE))' \
 		--recipe '$(RECIPE)' --workers '$(SUBMIT_WORKERS)' $(ARGS)
 
 samples: setup ## rebuild the bundled samples: pictures, teachers, captioner (needs apt-get; about half an hour)
 	@$(PY) -m pipelines.samples
+
+picture: setup ## draw README's picture again, from the samples' store
+	@$(PY) -m pipelines.experiments.picture --store stores/samples.zarr --shards 'samples/train/{00000..00003}.tar' \
+		--key 1fab4 --out docs/picture.png
 
 test: setup ## the tests, a few minutes; JOBS=0 runs them in one process
 	@$(PY) -m pytest $(SIDE_BY_SIDE)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from reinforce.config import ViewSet
 from reinforce.data import augment
-from reinforce.models.open_clip import ensure_torchvision
+from reinforce.process import import_torchvision
 
-ensure_torchvision()
+import_torchvision()
 from torchvision.transforms import InterpolationMode, autoaugment  # noqa: E402
 from torchvision.transforms import functional as F  # noqa: E402
 

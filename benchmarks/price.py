@@ -11,6 +11,7 @@ kernel for meanwhile (/proc/self/io, Linux), per sample.
 import json
 import statistics
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ class Side:
         (batch,) = islice(self.batches, 1)
         if isinstance(self.source, PlainSource):  # one text set: as many texts as the other side has
             tokens = {f"{i}": next(iter(batch.tokens.values())) for i in range(self.num_texts)}
-            batch = Batch(batch.keys, batch.images, tokens, {}, {name: {} for name in tokens})
+            batch = replace(batch, tokens=tokens, text_targets={name: {} for name in tokens})
         return batch
 
     def bytes_per_sample(self, epochs: int) -> float:
@@ -72,8 +73,8 @@ def main(
     config = TrainConfig(shards=shards, store=store, student=student, global_batch_size=batch_size, precision="fp32")
     reinforced = Side(config, 0)
     num_texts = len(reinforced.source.text_sets)
-    view = {"fresh_views": config.fresh_views.model_copy(update={"view_px": reinforced.trainee.student.image_px})}
-    plain = Side(config.model_copy(update={"store": None, "distill": 0.0, **view}), num_texts)
+    view = {"fresh_views": config.fresh_views.but(view_px=reinforced.trainee.student.image_px)}
+    plain = Side(config.but(store=None, distill=0.0, **view), num_texts)
     sides = {"reinforced": reinforced, "plain": plain}
     told: dict[str, list[float]] = {f"{name}_{what}": [] for name in sides for what in ("load_ms", "step_ms")}
     for number in range(steps + 1):

@@ -1,1 +1,1 @@
-"""Recipes, one file each: what a store shall hold, how a student learns from it. Read by reinforce/recipes.py."""
+"""Recipes, one file each: what a store holds, how a student learns from it. They are read by reinforce/recipes.py."""

@@ -1,4 +1,4 @@
-"""Experiments, from data to table: `python -m pipelines NAME [options]`. A step that is done is not done again."""
+"""Experiments, from data to table: `python -m pipelines NAME [options]`. Run again, they go on where they stopped."""
 
 import sys
 
@@ -12,7 +12,7 @@ def main() -> None:
     if name not in EXPERIMENTS:
         print(f"{__doc__}\nNames: {', '.join(EXPERIMENTS)}; each explains itself with --help.", file=sys.stderr)
         sys.exit(0 if name in ("", "-h", "--help") else 2)
-    # Only the one that is asked for: they load torch.
+    # Only the one that is asked for is imported, since they load torch.
     if name == "comkd":
         from pipelines.experiments.comkd import main as run
     elif name == "lambda_sweep":

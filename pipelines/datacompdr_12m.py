@@ -1,8 +1,9 @@
-"""DataCompDR-12M: 30 views and 5 captions an image, two ViT-L/14 teachers (MobileCLIP, section 4).
+"""DataCompDR-12M: 30 views and 5 captions per image, two ViT-L/14 teachers (MobileCLIP, section 4).
 
 Command: make reinforce RECIPE=datacompdr_12m SHARDS='s3://bucket/datacomp_12m/{00000000..00001023}.tar' STORE=s3://..
-Machine: planned for a few H100-class GPUs; 83 GPU-hours for 12.8 M images by FLOPs at 55 % of the card's peak. Not run.
-Store:   about 1.1 TB (36 embeddings of 2 x 768 bfloat16 a sample, 110.6 kB, compressed to about three quarters).
+Machine: planned for a few H100-class GPUs; not run. Estimated from FLOPs at 55 % of the card's peak: 83 GPU-hours
+         for 12.8 M images.
+Store:   about 1.1 TB (36 embeddings of 2 x 768 bfloat16 per sample, 110.6 kB, compressed to about three quarters).
 """
 
 from reinforce.config import Captioner, Recipe, Teacher, ViewSet

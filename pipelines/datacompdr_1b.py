@@ -1,7 +1,8 @@
-"""DataCompDR-1B: as datacompdr_12m, with 10 views an image (MobileCLIP, section 4).
+"""DataCompDR-1B: as datacompdr_12m, with 10 views per image (MobileCLIP, section 4).
 
 Command: make submit RAY_ADDRESS=http://HEAD:8265 RECIPE=datacompdr_1b SHARDS='s3://..' STORE=s3://..
-Machine: a cluster; 2,993 GPU-hours for 1.28 B images by FLOPs at 55 % of an H200's measured peak. Not run.
+Machine: planned for a cluster; not run. Estimated from FLOPs at 55 % of an H200's measured peak: 2,993 GPU-hours for
+         1.28 B images.
 """
 
 from pipelines.datacompdr_12m import RECIPE as RECIPE_12M

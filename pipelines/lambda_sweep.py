@@ -11,7 +11,7 @@ VIEWS = ViewSet(num_views=10, view_px=64, scale=(0.35, 1.0), num_ops=1)
 TRAINING = {
     "student": "mamba_tiny",
     "fresh_views": VIEWS,
-    "global_batch_size": 32,  # of ten captions, many in a batch are the same: in large batches learning begins late
+    "global_batch_size": 32,  # there are only ten captions: in a large batch many are equal, and learning begins late
     "steps": 800,
     "lr": 7e-4,
     "warmup": 20,

@@ -1,6 +1,6 @@
-"""The bundled samples: real pictures, two small teachers, a small captioner, small students. Runs anywhere, offline.
+"""The bundled samples, in a checkout of this project: emoji, two small teachers, a small captioner; to try things out.
 
-Command: make reinforce (the store), make train (the store, if it is not there, then a student and what it is held to)
+Command: make reinforce (the store), make train (a student, and what it is compared with)
 Machine: 2 CPU cores, no GPU.
 """
 
@@ -13,7 +13,7 @@ RECIPE = Recipe(
         "conv": Teacher(model="local-dir:samples/models/teacher_conv"),
     },
     view_sets={"base": ViewSet(num_views=4, view_px=64)},
-    # A small captioner is unsure of itself: at temperature 1, which the large ones take, it says too much that is odd.
+    # A small captioner is less certain: at temperature 1, the default, too many of its captions are wrong.
     captioners={"coca": Captioner(model="local-dir:samples/models/coca", num_captions=3, temperature=0.5)},
 )
 

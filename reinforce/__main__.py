@@ -1,45 +1,68 @@
-"""Command line of the writer. Exit codes: 0 done, 1 done but with failures or faults, 2 the request was wrong."""
+"""Write what teachers know about an image-text dataset into a store, once; students learn from it as often as you like.
+
+Exit codes: 0 done; 1 done, but some shards failed or a check found faults; 2 the request was wrong, nothing was done.
+"""
 
 import json
-import logging
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from reinforce.config import RunOptions, parse
-from reinforce.recipes import load_recipe
+from reinforce.config import Model, Recipe, RunOptions, parse
+from reinforce.errors import ConfigError
+from reinforce.recipes import choice, listed, load_recipe
 from reinforce.run.reports import RunReport
-from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
+from reinforce.terminal import JsonOption, VersionOption, errors_as_sentences, print_tree, start, typed
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-StoreOption = Annotated[str, typer.Option("--store", help="local path or fsspec URL of the store")]
-StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="local path or fsspec URL of the store")]
+StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe: dotted.key=value; may be repeated")
+]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is a card")]
 _DEFAULTS = RunOptions()
+
+
+@app.callback()
+def _all(version: VersionOption = False) -> None: ...
 
 
 @app.command()
 def run(
     shards: Annotated[str, typer.Argument(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")],
     store: StoreOption,
-    recipe: Annotated[str, typer.Option(help="name of a file in pipelines/, or a recipe saved as .json")] = "sample",
-    set_: Annotated[list[str], typer.Option("--set", help="dotted.key=value, over the recipe; may be repeated")] = [],
-    workers: Annotated[str, typer.Option(help="N, MIN:MAX, auto, or 0 for no Ray")] = _DEFAULTS.workers,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = _DEFAULTS.device,
-    max_invalid: Annotated[float, typer.Option(help="share of bad samples at which a shard is refused")] = (
-        _DEFAULTS.max_invalid
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="name of a recipe (`clip-reinforce recipes` lists them), or a path: mine.py, mine.json",
+            autocompletion=lambda: list(listed()),
+        ),
+    ] = None,
+    set_: SetOption = [],
+    workers: Annotated[
+        str, typer.Option(help="Ray workers: a number, MIN:MAX, auto, or 0 for none: all work in this process")
+    ] = _DEFAULTS.workers,
+    device: DeviceOption = _DEFAULTS.device,
+    max_invalid: Annotated[
+        float, typer.Option(help="a shard with a larger share of bad samples than this is refused")
+    ] = _DEFAULTS.max_invalid,
+    attempts: Annotated[int, typer.Option(help="tries per shard")] = _DEFAULTS.attempts,
+    decode_threads: Annotated[int, typer.Option(help="threads per worker that decode and augment")] = (
+        _DEFAULTS.decode_threads
     ),
-    attempts: Annotated[int, typer.Option(help="tries a shard")] = _DEFAULTS.attempts,
-    decode_threads: Annotated[int, typer.Option(help="decoding threads of a worker")] = _DEFAULTS.decode_threads,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
+        if recipe is None:
+            raise ConfigError(f"name a recipe with --recipe: one of these, or a path to your own\n{choice()}")
         loaded = load_recipe(recipe, set_)
         options = parse(
             RunOptions,
@@ -55,10 +78,27 @@ def run(
         with redirect_stdout(sys.stderr):  # Ray prints news of its workers on stdout, which is for the answer
             report = run_driver(shards, store, loaded, options)
         if json_:
-            print(json.dumps(asdict(report)))
+            print(json.dumps({"recipe": loaded.name} | asdict(report)))
         else:
-            _print_run(report, shards)
+            _print_run(report, shards, loaded)
     raise typer.Exit(1 if report.failed else 0)
+
+
+@app.command()
+def recipes(json_: JsonOption = False) -> None:
+    """List the recipes that `run --recipe` takes by name."""
+    with errors_as_sentences():
+        print(json.dumps(listed()) if json_ else choice())
+
+
+@app.command()
+def recipe(
+    name: Annotated[str, typer.Argument(help="name of a recipe, or a path", autocompletion=lambda: list(listed()))],
+    set_: SetOption = [],
+) -> None:
+    """Print a recipe as JSON, to read it or to begin your own: `clip-reinforce recipe NAME > mine.json`."""
+    with errors_as_sentences():
+        print(load_recipe(name, set_).model_dump_json(indent=1))
 
 
 @app.command()
@@ -67,7 +107,7 @@ def info(
     json_: JsonOption = False,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="list the samples that were set aside")] = False,
 ) -> None:
-    """What a store holds: counts, sets, bytes, columns not there yet."""
+    """Show what a store holds: samples, views, captions, bytes, and the columns that are not there yet."""
     from reinforce.check import info as room
 
     with errors_as_sentences():
@@ -83,16 +123,16 @@ def info(
 @app.command()
 def verify(
     store: StoreArgument,
-    shards: Annotated[str | None, typer.Option(help="the tars it was made from, for --replay")] = None,
-    replay: Annotated[int, typer.Option(min=0, help="views to make again from the tars and compare")] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    shards: Annotated[str | None, typer.Option(help="the tars that it was made from, for --replay")] = None,
+    replay: Annotated[int, typer.Option(min=0, help="number of views to make again from the tars and compare")] = 0,
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Doubt a store: every column there, whole, and, with --replay, every view the same as when it was stored."""
-    from reinforce.check.verify import verify as doubt
+    """Check that every column of a store is there and whole; with --replay also that views can be made again."""
+    from reinforce.check.verify import verify as check
 
     with errors_as_sentences():
-        report = doubt(store, shards, replay, device)
+        report = check(store, shards, replay, device)
         if json_:
             print(json.dumps(asdict(report)))
         else:
@@ -101,7 +141,7 @@ def verify(
     raise typer.Exit(0 if report.sound else 1)
 
 
-def _print_run(report: RunReport, shards: str) -> None:
+def _print_run(report: RunReport, shards: str, recipe: Recipe) -> None:
     if report.already_there == report.shards:
         print(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
     else:
@@ -116,13 +156,29 @@ def _print_run(report: RunReport, shards: str) -> None:
         print(f"{len(report.failed)} shards failed; nothing of them was written. Run again to try them again:")
         for failure in report.failed:
             print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+    weights = ", random weights" if recipe.weights == "random" else ""
     print(
-        f"Store: {report.store}\n"
-        f"Next:  python -m reinforce info {report.store}\n"
-        f"       python -m reinforce verify {report.store} --shards '{shards}' --replay 100"
+        f"Recipe: {recipe.name}{weights}\n"
+        f"        teachers {_models(recipe.teachers)}\n"
+        f"        captioners {_models(recipe.captioners)}\n"
+        f"Store:  {report.store}\n"
+        f"Next:   {typed('clip-reinforce')} info {report.store}\n"
+        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100\n"
+        f"        {typed('clip-train')} fit --shards '{shards}' --store {report.store} --student mamba_small"
     )
 
 
+def _models(models: dict[str, Any]) -> str:
+    def told(model: Model) -> str:
+        return model.model + (f",{model.pretrained}" if model.pretrained else "")
+
+    return "; ".join(f"{name} ({told(model)})" for name, model in models.items()) or "none"
+
+
+def main() -> None:
+    """The command `clip-reinforce`."""
+    start(app)
+
+
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    app()
+    main()

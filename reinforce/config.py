@@ -1,13 +1,13 @@
 """Every knob of the writer on one page.
 
 A `Recipe` holds what decides the bytes of a store; it is saved in the manifest and a later run must agree with it.
-`RunOptions` holds what does not: how many workers, on which device, how patient.
+`RunOptions` holds what does not: how many workers, on which device, how many tries.
 """
 
 import difflib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,8 @@ from pydantic import (
 
 from reinforce.errors import ConfigError
 
-RESERVED = {"augment", "pixels", "caption", "original", "name"}
+ORIGINAL = "original"  # the text set of the captions that came with the images
+RESERVED = {"augment", "pixels", "caption", "name", ORIGINAL}  # what columns and sets are called by themselves
 
 
 def _column_name(name: str) -> str:
@@ -62,15 +63,15 @@ class ViewSet(Config):
     view_px: int = Field(224, ge=8, description="side of the view at drawing time; the replay proof is taken at it")
     scale: tuple[float, float] = Field((0.08, 1.0), description="share of the image's area that a crop covers")
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width over height of a crop")
-    num_ops: int = Field(2, ge=0, description="RandAugment operations a view")
+    num_ops: int = Field(2, ge=0, description="RandAugment operations per view")
     magnitude: int = Field(9, ge=0, le=30, description="RandAugment's bin, of 31")
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale {self.scale} has to rise from above 0 to at most 1")
+            raise ValueError(f"scale {self.scale} must rise from above 0 to at most 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio {self.ratio} has to rise from above 0")
+            raise ValueError(f"ratio {self.ratio} must rise from above 0")
         return self
 
 
@@ -83,12 +84,12 @@ class Model(Config):
 
 
 class Teacher(Model):
-    """A frozen CLIP. Preprocessing comes with the weights; a bare checkpoint file needs `image_mean` and `image_std`
-    said here where its weights were not trained with OpenAI's (MobileCLIP: 0 and 1)."""
+    """A frozen CLIP. Preprocessing comes with the weights; but a bare checkpoint file whose weights were not trained
+    with OpenAI's mean and std needs `image_mean` and `image_std` here (MobileCLIP: 0 and 1)."""
 
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
-    prompts: str | None = Field(None, description="a file of `python -m train adapt`: the teacher adapted to a domain")
+    prompts: str | None = Field(None, description="a file made by `clip-train adapt`: the teacher adapted to a domain")
 
 
 class Captioner(Model):
@@ -100,7 +101,7 @@ class Captioner(Model):
     top_k: int = Field(50, ge=1)
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(30, ge=3, description="length with start and end token")
-    min_tokens: int = Field(5, ge=1, description="no end before so many tokens, the start token counted")
+    min_tokens: int = Field(5, ge=1, description="the fewest tokens before the end token, with the start token")
 
 
 def _lines_of(names: Any) -> Any:
@@ -116,20 +117,20 @@ class ClassSet(Config):
     """Classes whose texts every teacher embeds once for the whole store: the mean over the templates."""
 
     classnames: Annotated[tuple[str, ...], BeforeValidator(_lines_of)] = Field(
-        description="the names, or a file with one a line; the manifest holds the names"
+        description="the names, or a file with one per line; the manifest holds the names"
     )
     templates: tuple[str, ...] = Field(
         ("a photo of a {}.",),
         min_length=1,
-        description="`{}` or `{c}` is the name; of an adapted teacher leave out "
-        "'a photo of a', which its prompts stand for",
+        description="`{}` or `{c}` stands for the name; with an adapted teacher leave out 'a photo of a', which its "
+        "prompts replace",
     )
 
     @field_validator("classnames")
     @classmethod
     def _named_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(names) < 2 or "" in names:
-            raise ValueError("has to name at least two classes, and no name may be empty")
+            raise ValueError("must name at least two classes, and no name may be empty")
         if twice := [name for name, num in Counter(names).items() if num > 1]:
             raise ValueError(f"names '{twice[0]}' twice; tell the two apart")
         return names
@@ -148,24 +149,30 @@ class ClassSet(Config):
 
 
 class Recipe(Config):
-    """What a store shall hold. Everything here is in the fingerprint, but for `name`, which is a label."""
+    """What a store holds. Everything here is in the fingerprint except `name`, which is a label."""
 
     name: str
     seed: int = Field(0, ge=0)
     teachers: dict[Name, Teacher] = Field(min_length=1)
     view_sets: dict[Name, ViewSet] = Field(default={"base": ViewSet()}, min_length=1)
     captioners: dict[Name, Captioner] = Field(description="synthetic text sets, by name")
-    class_sets: dict[Name, ClassSet] = Field({}, description="classes whose texts are embedded, once a store")
+    class_sets: dict[Name, ClassSet] = Field({}, description="classes whose texts are embedded, once per store")
     num_original_captions: int = Field(
-        1, ge=0, description="captions kept of those that came with the image; 0: images need none"
+        1, ge=0, description="how many of the captions that came with an image are kept; 0: images need no caption"
     )
     batch_size: int = Field(
-        64, ge=1, description="images a forward pass; part of the bytes, since kernels depend on it"
+        64, ge=1, description="images per forward pass; it changes the last bits, since kernels depend on it"
     )
-    cpu_threads: int = Field(1, ge=1, description="torch threads of a CPU worker; part of the bytes, likewise")
+    cpu_threads: int = Field(1, ge=1, description="torch threads of a CPU worker; it changes the last bits, too")
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: architectures without their weights, to try shapes and memory"
     )
+
+    @property
+    def text_sets(self) -> dict[str, int]:
+        """Number of captions by text set: the original ones, where they are kept, then each captioner's."""
+        original = {ORIGINAL: self.num_original_captions} if self.num_original_captions else {}
+        return original | {name: captioner.num_captions for name, captioner in self.captioners.items()}
 
     @property
     def random_seed(self) -> int | None:
@@ -181,7 +188,7 @@ class RunOptions(Config):
     max_invalid: float = Field(
         0.1, ge=0, le=1, description="share of a shard's samples that may be bad before it is refused"
     )
-    attempts: int = Field(3, ge=1, description="tries a shard")
+    attempts: int = Field(3, ge=1, description="tries per shard")
     decode_threads: int = Field(2, ge=1, description="threads of a worker that decode and augment")
     shards_in_flight: int = Field(2, ge=1, description="shards a worker holds: one computes, the next is being read")
 
@@ -191,12 +198,12 @@ def parse(kind: type[T], tree: Any, where: str) -> T:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where} is not valid:\n  {sentences(error, tree)}") from None
+        raise ConfigError(f"{where} is not valid:\n  {sentences(error, kind)}") from None
 
 
-def sentences(error: ValidationError, tree: Any = None) -> str:
-    """Every fault that pydantic found, a line each; with `tree`, what was checked, the keys that come near."""
-    return "\n  ".join(": ".join(filter(None, [".".join(map(str, f["loc"])), _plain(f, tree)])) for f in error.errors())
+def sentences(error: ValidationError, kind: type[Config] = Config) -> str:
+    """Every fault that pydantic found, a line each; of an unknown key, the keys of `kind` that come near."""
+    return "\n  ".join(": ".join(filter(None, [".".join(map(str, f["loc"])), _plain(f, kind)])) for f in error.errors())
 
 
 def near(key: str, node: Any) -> str:
@@ -206,12 +213,13 @@ def near(key: str, node: Any) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; there are: {', '.join(keys) or 'none'}"
 
 
-def _plain(fault: Any, tree: Any) -> str:
+def _plain(fault: Any, kind: Any) -> str:
     """A fault without pydantic's own words for what kind of error it is."""
-    *path, key = fault["loc"] or ("",)
     if fault["type"] != "extra_forbidden":
         return str(fault["msg"]).removeprefix("Value error, ")
-    for step in path:
-        tree = tree[step] if isinstance(tree, dict) else None
-    known = {k: v for k, v in tree.items() if k != key} if isinstance(tree, dict) else {}
-    return f"unknown key{near(str(key), known)}" if known else "unknown key"
+    *path, key = fault["loc"]
+    for step in path:  # down to the settings that the key is in; the name of an item, such as a teacher's, is no step
+        if field := kind.model_fields.get(step):
+            inner = (field.annotation, *get_args(field.annotation))  # `ComkdConfig | None`, `dict[Name, Teacher]`
+            kind = next((each for each in inner if hasattr(each, "model_fields")), Config)
+    return f"unknown key{near(str(key), kind.model_fields)}" if kind.model_fields else "unknown key"

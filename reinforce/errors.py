@@ -2,7 +2,7 @@
 
     ReinforceError
     ├── ConfigError (ValueError)        the request is wrong; found before any work
-    ├── MissingExtra (ImportError)      an optional part is not installed
+    ├── MissingExtra (ImportError)      an optional part is not installed, or in a version that does not fit
     ├── ShardError (OSError)            a tar cannot be read to its end
     ├── SampleError (ValueError)        one image or caption cannot be used; goes to quarantine
     ├── ReplayError (ValueError)        view parameters and image do not belong together
@@ -25,7 +25,7 @@ class ConfigError(ReinforceError, ValueError):
 
 
 class MissingExtra(ReinforceError, ImportError):
-    """A part of the project that needs an optional dependency was used without it."""
+    """A part of the project was used that needs a dependency which is not installed, or not in a version that fits."""
 
 
 class ShardError(ReinforceError, OSError):

@@ -101,8 +101,8 @@ def _values(path: Path) -> dict[str, Any]:
     try:
         return runpy.run_path(str(path))
     except ValidationError as error:
-        raise ConfigError(f"recipe {path} is not valid:\n  {sentences(error)}") from None
-    except Exception as error:
+        raise ConfigError(f"recipe {path}{_line(error, path)} is not valid:\n  {sentences(error)}") from None
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"recipe {path}{_line(error, path)}: {type(error).__name__}: {error}") from error
 
 

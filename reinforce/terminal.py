@@ -1,15 +1,44 @@
-"""What every command of the project shares: how trees and errors are shown, and `--json`."""
+"""What every command of the project shares: how trees and errors are shown, `--json`, `--version`."""
 
+import logging
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"clip-reinforce {version('clip-reinforce')}")
+        raise typer.Exit
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="print exactly one JSON object on stdout")]
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+]
+
+
+def start(app: typer.Typer) -> None:
+    """Run a command line: what libraries log below a warning is not for the user."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()
+
+
+def typed(command: str) -> str:
+    """How a user can type a command of this project here: its name where it is on PATH, else its path."""
+    script = Path(sys.executable).with_name(command)
+    if shutil.which(command) or not script.exists():
+        return command
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def print_tree(tree: dict[str, Any], indent: str = "") -> None:
@@ -36,7 +65,7 @@ def errors_as_sentences() -> Iterator[None]:
         request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
             error, Corrupt
         )
-        raise typer.Exit(2 if request_was_wrong else 1) from None
+        sys.exit(2 if request_was_wrong else 1)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        sys.exit(130)

@@ -3,8 +3,10 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from reinforce.config import ClassSet, Recipe, RunOptions, Teacher, ViewSet
-from reinforce.errors import ConfigError
-from reinforce.models.frozen import FrozenModel
+from reinforce.errors import ConfigError, Diverged
+from reinforce.models import tensorfile
 from reinforce.models.open_clip import get_tokenizer
+from reinforce.models.teacher import load_teacher
 from reinforce.run import driver
-from reinforce.store.manifest import CLASSES
+from reinforce.store.columns import CLASSES
 from reinforce.store.store import Store
+from tests.processes import ROOT
+from train import checkpoint
 from train.__main__ import app
 from train.comkd import classifier
 from train.comkd.adapt import AdaptConfig, adapt, epoch_weights, regularised_loss
@@ -71,37 +76,139 @@ def test_prompts_learn_and_are_found_again(asked: AdaptConfig, tmp_path: Path) -
     out = tmp_path / "p.safetensors"
     report = adapt(asked, out)
     assert (report["classes"], report["images"], report["skipped"]) == (3, 6, 0)
-    first = adapt(asked.model_copy(update={"epochs": 1}), tmp_path / "one.safetensors")
+    first = adapt(asked.but(epochs=1), tmp_path / "one.safetensors")
     assert report["metrics"]["cross_entropy"] < first["metrics"]["cross_entropy"]
     scores = report["evaluated"]["test"]
     assert scores["frozen"]["num"] == scores["adapted"]["num"] == 8
     written = out.read_bytes()
     assert adapt(asked, out) == report and out.read_bytes() == written
-    with pytest.raises(ConfigError, match="made with other settings"):
-        adapt(asked.model_copy(update={"seed": 1}), out)
+    assert adapt(asked.but(log_every_n_steps=1), out) == report
+    with pytest.raises(ConfigError, match=r"made with other settings:\n  seed: it was 0, this run asks for 1"):
+        adapt(asked.but(seed=1), out)
     again = tmp_path / "again.safetensors"
     adapt(asked, again)
     assert all(torch.equal(tensor, load_file(again)[name]) for name, tensor in load_file(out).items())
+
+
+def curve(run: Path) -> list[dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("samples_per_s", "data_wait_share")} for line in lines]
+
+
+def begun(asked: AdaptConfig, out: Path, folder: Path) -> subprocess.Popen[str]:
+    """The command, once it has logged five steps."""
+    (folder / "a.json").write_text(asked.model_dump_json())
+    command = ["train", "adapt", asked.data, "--recipe", str(folder / "a.json"), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = out.with_suffix("") / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        time.sleep(0.01)
+        assert process.poll() is None
+    return process
+
+
+def test_what_a_run_leaves_beside_the_prompts(asked: AdaptConfig, tmp_path: Path) -> None:
+    report = adapt(asked.but(log_every_n_steps=1), tmp_path / "p.safetensors")
+    run = tmp_path / "p"
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
+    *steps, scores = curve(run)
+    assert [line["step"] for line in steps] == list(range(1, 17))  # 8 epochs of a batch of 4 and one of 2
+    assert steps[-1] == {"step": 16} | report["metrics"]
+    assert report["metrics"].keys() == {
+        "cross_entropy", "text_l1", "image_l1", "logits_kl", "loss", "grad_norm", "lr"
+    }  # fmt: skip
+    assert scores == {"step": 16} | {f"test/{k}": v for k, v in report["evaluated"]["test"]["adapted"].items()}
+    assert steps[1]["lr"] == 1e-5 and steps[2]["lr"] > steps[4]["lr"]
+    assert json.loads((run / "config.json").read_text())["config"]["epochs"] == 8
+
+
+def test_killed_and_resumed_it_gives_the_same_prompts(asked: AdaptConfig, tmp_path: Path) -> None:
+    asked = asked.but(epochs=200, log_every_n_steps=1, save_every_n_steps=3)
+    torch.set_num_threads(1)
+    adapt(asked, tmp_path / "whole.safetensors")
+    out = tmp_path / "killed.safetensors"
+    process = begun(asked, out, tmp_path)
+    process.kill()
+    process.communicate()
+    assert not out.exists() and list((tmp_path / "killed/checkpoints").iterdir())
+    with pytest.raises(ConfigError, match=r"belongs to a training with other settings:\n  shots: it was 2"):
+        adapt(asked.but(shots=1), out)
+    adapt(asked, out)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    whole, again = load_file(tmp_path / "whole.safetensors"), load_file(out)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_asked_to_stop_it_says_how_to_go_on(asked: AdaptConfig, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    process = begun(asked.but(epochs=2000, log_every_n_steps=1), out, tmp_path)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command again to go on" in told
+    (saved,) = (tmp_path / "p/checkpoints").iterdir()
+    assert int(saved.stem.removeprefix("step_")) == len(curve(tmp_path / "p")) and not out.exists()
+
+
+def test_the_result_is_the_weighted_mean_of_epochs(
+    asked: AdaptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a slow definition, from the checkpoints at the ends of epochs."""
+    monkeypatch.setattr(checkpoint, "KEPT", 100)
+    adapt(asked.but(save_every_n_steps=2), tmp_path / "p.safetensors")
+    ends = [load_file(path) for path in sorted((tmp_path / "p/checkpoints").iterdir())]
+    assert len(ends) == 8
+    assert {name.partition("/")[0] for name in ends[0]} == {"model", "average", "momentum_buffer"}
+    for name, tensor in load_file(tmp_path / "p.safetensors").items():
+        weighted = [w * end[f"model/tokens.{name}"].double() for w, end in zip(epoch_weights(8), ends, strict=True)]
+        torch.testing.assert_close(tensor.double(), torch.stack(weighted).sum(0), rtol=1e-6, atol=1e-6)
+        assert not torch.equal(tensor, ends[-1][f"model/tokens.{name}"])
+    last = tmp_path / "last.safetensors"
+    adapt(asked.but(average=False), last)
+    assert all(torch.equal(tensor, ends[-1][f"model/tokens.{n}"]) for n, tensor in load_file(last).items())
+
+
+def test_a_loss_that_is_nan_stops_with_its_samples(asked: AdaptConfig, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step \d+: .*nan.* its [24] samples, .* are listed in .*Lower lr; the newest"):
+        adapt(asked.but(lr=1e30), tmp_path / "p.safetensors")
+    (path,) = (tmp_path / "p").glob("diverged_step_*")
+    assert all(key.startswith("train-") for key in json.loads(path.read_text())["keys"])
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_prompts_made_before_there_was_a_setting_are_found(asked: AdaptConfig, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    report = adapt(asked, out)
+    tensors, metadata = tensorfile.load(out)
+    about = json.loads(metadata["about"])
+    for newer in ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps", "report_to", "average"):
+        del about["config"][newer]
+    tensorfile.save(tensors, out, metadata | {"about": json.dumps(about)})
+    assert adapt(asked, out) == report
+    with pytest.raises(ConfigError, match="average: it was True, this run asks for False"):
+        adapt(asked.but(average=False), out)
 
 
 def test_prompts_that_have_not_moved_say_the_template(asked: AdaptConfig, tmp_path: Path) -> None:
     """In the first layer they begin as the words "a photo of a", so that the class's name has to follow them whole."""
     num = int(get_tokenizer(asked.teacher.model)(["a photo of a"])[0].argmax()) - 1
     changes = {"num_tokens": num, "depth": 1, "epochs": 1, "lr": 1e-9}
-    report = adapt(asked.model_copy(update=changes), tmp_path / "p.safetensors")
+    report = adapt(asked.but(**changes), tmp_path / "p.safetensors")
     assert report["metrics"]["text_l1"] < 1e-6
 
 
 def test_base_classes_only(asked: AdaptConfig, tmp_path: Path) -> None:
     """The first half, rounded up; of the other classes no image is needed."""
     data = labelled(tmp_path / "base", [0, 1, 0])
-    report = adapt(asked.model_copy(update={"classes": "base", "data": data}), tmp_path / "p.safetensors")
+    report = adapt(asked.but(classes="base", data=data), tmp_path / "p.safetensors")
     assert (report["classes"], report["images"]) == (2, 3)  # a class with one sample gives one
 
 
 def test_regularisers_hold_the_prompts_near_the_frozen_model(asked: AdaptConfig, tmp_path: Path) -> None:
     free = adapt(asked, tmp_path / "free.safetensors")["metrics"]
-    held = adapt(asked.model_copy(update={"text_l1": 25.0, "image_l1": 10.0}), tmp_path / "held.safetensors")["metrics"]
+    held = adapt(asked.but(text_l1=25.0, image_l1=10.0), tmp_path / "held.safetensors")["metrics"]
     assert held["text_l1"] < free["text_l1"]
 
 
@@ -134,24 +241,26 @@ def test_epochs_weigh_as_a_gaussian() -> None:
 def test_wrong_requests_get_a_sentence(asked: AdaptConfig, tmp_path: Path) -> None:
     def told(message: str, **changes) -> None:
         with pytest.raises(ConfigError, match=message):
-            adapt(asked.model_copy(update=changes), tmp_path / "never.safetensors")
+            adapt(asked.but(**changes), tmp_path / "never.safetensors")
         assert not (tmp_path / "never.safetensors").exists()
 
     told("no good image of class 2, 'coat'", data=labelled(tmp_path / "two", [0, 1]))
     told(r"train/nshards.txt: not found", data=str(tmp_path))
     told("names 2 classes", eval_sets={"x": labelled(tmp_path / "few", [0, 1], NAMES[:2])})
-    told("has prompts already", teacher=asked.teacher.model_copy(update={"prompts": "p.safetensors"}))
+    with pytest.raises(ConfigError, match=r"end it in \.safetensors"):
+        adapt(asked, tmp_path / "never")
+    told("has prompts already", teacher=asked.teacher.but(prompts="p.safetensors"))
     told("open_clip's ViT", teacher=Teacher(model=asked.teacher.model.replace("vit", "conv")))
 
 
 def test_from_the_command_line_to_a_store(asked: AdaptConfig, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(asked.model_copy(update={"epochs": 1}).model_dump_json())
+    (tmp_path / "a.json").write_text(asked.but(epochs=1).model_dump_json())
     out = tmp_path / "p.safetensors"
     ran = CliRunner().invoke(app, ["adapt", asked.data, "--recipe", f"{tmp_path}/a.json", "--out", str(out), "--json"])
     assert ran.exit_code == 0 and json.loads(ran.stdout)["prompts"] == str(out)
     recipe = Recipe(
         name="adapted",
-        teachers={"vit": asked.teacher.model_copy(update={"prompts": str(out)}), "plain": asked.teacher},
+        teachers={"vit": asked.teacher.but(prompts=str(out)), "plain": asked.teacher},
         view_sets={"base": ViewSet(num_views=1, view_px=32)},
         captioners={},
         num_original_captions=0,
@@ -168,7 +277,7 @@ def test_what_is_said_of_a_teacher_holds_for_the_one_that_reinforces(asked: Adap
     """Its class texts from a store, its images by the model that the store was made with."""
     out = tmp_path / "p.safetensors"
     said = adapt(asked, out)["evaluated"]["test"]["adapted"]
-    adapted = asked.teacher.model_copy(update={"prompts": str(out)})
+    adapted = asked.teacher.but(prompts=str(out))
     recipe = Recipe(
         name="adapted",
         teachers={"vit": adapted},
@@ -178,13 +287,13 @@ def test_what_is_said_of_a_teacher_holds_for_the_one_that_reinforces(asked: Adap
         class_sets={"kinds": ClassSet(classnames=tuple(NAMES), templates=("{}.",))},
     )
     driver.run(f"{asked.data}/train/*.tar", str(tmp_path / "s"), recipe, RunOptions(workers="0", device="cpu"))
-    model = FrozenModel(adapted, torch.device("cpu"))
+    model = load_teacher(adapted, torch.device("cpu"))
     seen = EvalSet(asked.data).load(model.preprocess_cfg)
     pixels = model.normalise(torch.stack(list(seen.images)).permute(0, 2, 3, 1))
     with torch.no_grad():
         features = F.normalize(model.model.encode_image(pixels), dim=-1)
     texts = classifier.class_texts(str(tmp_path / "s"), "kinds", "vit").features
-    assert base_to_novel(features, torch.tensor(seen.said), texts) == pytest.approx(said)
+    assert base_to_novel(features, torch.tensor(seen.truth), texts) == pytest.approx(said)
 
 
 def test_base_to_novel_by_hand() -> None:
@@ -222,7 +331,7 @@ def test_full_size_takes_a_step_in_both_stages(tmp_path: Path) -> None:
     assert {n: tuple(t.shape) for n, t in load_file(out).items()} == {"image": (9, 4, 1024), "text": (9, 4, 768)}
     recipe = Recipe(
         name="full",
-        teachers={"clip": teacher.model_copy(update={"prompts": str(out)})},
+        teachers={"clip": teacher.but(prompts=str(out))},
         view_sets={"base": ViewSet(num_views=1)},
         captioners={},
         num_original_captions=0,

@@ -18,9 +18,9 @@ from PIL import Image
 from reinforce.config import ViewSet
 from reinforce.data import augment
 from reinforce.errors import ReplayError
-from reinforce.models.open_clip import ensure_torchvision
+from reinforce.process import import_torchvision
 
-ensure_torchvision()
+import_torchvision()
 from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop, autoaugment  # noqa: E402
 from torchvision.transforms import functional as F  # noqa: E402
 
@@ -171,7 +171,7 @@ def test_a_draw_is_the_same_in_any_order_and_in_another_process() -> None:
     alone = np.array([draw(i) for i in range(8)])
     np.testing.assert_array_equal([draw(i) for i in reversed(range(8))], alone[::-1])
     code = (
-        "import sys, json; from reinforce import augment; from reinforce.config import ViewSet;"
+        "import sys, json; from reinforce.data import augment; from reinforce.config import ViewSet;"
         "heavy = {'torch', 'torchvision', 'zarr', 'ray'} & set(sys.modules);"
         "draws = [augment.draw(ViewSet(), 0, 'base', '00000017', i, (375, 500)).tolist() for i in range(8)];"
         "print(json.dumps([draws, sorted(heavy)]))"

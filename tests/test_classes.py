@@ -18,7 +18,7 @@ from reinforce.models.prompts import Prompts
 from reinforce.models.teacher import Teacher
 from reinforce.run import driver
 from reinforce.run.worker import Worker
-from reinforce.store.manifest import CLASSES, columns
+from reinforce.store.columns import CLASSES, columns
 from reinforce.store.store import Store
 from tests import tiny
 
@@ -49,7 +49,7 @@ def test_classes_are_stored_once_beside_uncaptioned_images(made) -> None:
     recipe, tars, url = made
     store = Store(url)
     assert store.shards() == ["00000", "00001"]
-    assert not [c for c in columns(recipe) if c.startswith("text/")]
+    assert not [column for column in columns(recipe) if column.kind == "text"]
     assert (store.read("00000", "status") == 0).all()
     assert store.read(CLASSES, "kinds/name").tolist() == list(KINDS.classnames)
     for name, config in recipe.teachers.items():
@@ -103,7 +103,7 @@ def test_other_classes_and_other_prompts_are_another_recipe(made, tmp_path: Path
     def adapted(seed: int) -> Recipe:
         added = Prompts.fresh(frozen.model, 2, 1, seed, frozen.tokenizer)
         prompts.save(added, path, "vit", frozen.digest, {})
-        return with_classes(recipe, teachers={"vit": vit.model_copy(update={"prompts": str(path)})})
+        return with_classes(recipe, teachers={"vit": vit.but(prompts=str(path))})
 
     Worker(adapted(0), str(tmp_path / "adapted"), CPU)
     Worker(adapted(0), str(tmp_path / "adapted"), CPU)

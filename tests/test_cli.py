@@ -1,6 +1,7 @@
 """What a user types and sees: exit codes, sentences on stderr, exactly one JSON object on stdout."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,9 @@ def test_a_wrong_request_is_exit_2_with_a_sentence_and_changes_nothing(
 def test_other_wrong_requests(made: tuple[str, str, str], tmp_path: Path) -> None:
     tar, store, _recipe = made
     for arguments, told in [
-        (["run", str(tmp_path / "none.tar"), "--store", str(tmp_path / "s")], "none.tar"),
+        (["run", str(tmp_path / "none.tar"), "--store", str(tmp_path / "s"), "--recipe", "sample"], "none.tar"),
+        (["run", tar, "--store", str(tmp_path / "s")], "name a recipe with --recipe: one of these"),
+        (["run", tar, "--store", str(tmp_path / "s"), "--recipe", ""], "the recipe has no name"),
         (["run", tar, "--store", str(tmp_path / "s"), "--recipe", "sampel"], "did you mean sample"),
         (["info", str(tmp_path / "s")], "no store at"),
         (["verify", store, "--replay", "3"], "--shards"),
@@ -124,6 +127,19 @@ def test_failed_shards_are_exit_1_and_in_the_table(made: tuple[str, str, str], t
     assert code == 1 and "cut.tar" in out
     code, out, _ = reinforce(*arguments, "--json")
     assert code == 1 and json.loads(out)["failed"][0]["shard"] == "cut"
+
+
+def test_recipes_are_listed_and_printed(tmp_path: Path) -> None:
+    code, out, _ = reinforce("recipes", "--json")
+    assert code == 0 and set(json.loads(out)) == {"datacompdr_12m", "datacompdr_1b", "mobileclip2", "sample"}
+    code, out, _ = reinforce("recipe", "sample", "--set", "seed=4")
+    assert code == 0 and Recipe.model_validate_json(out).seed == 4
+    (tmp_path / "mine.json").write_text(out)
+    assert reinforce("recipe", str(tmp_path / "mine.json"))[1] == out
+
+
+def test_the_version() -> None:
+    assert reinforce("--version")[1] == f"clip-reinforce {version('clip-reinforce')}\n"
 
 
 def test_help_explains_every_option() -> None:

@@ -53,8 +53,8 @@ def test_overrides_reach_the_leaf() -> None:
         ("seed.x=1", "no key 'x'"),
         ("view_sets.base.num_views=0", "view_sets.base.num_views: Input should be greater than or equal to 1"),
         ("view_sets.base.magnitude=31", "magnitude"),
-        ("view_sets.base.scale=[0.5,0.2]", "has to rise"),
-        ("view_sets.base.ratio=[0,1]", "has to rise"),
+        ("view_sets.base.scale=[0.5,0.2]", "must rise"),
+        ("view_sets.base.ratio=[0,1]", "must rise"),
         ("teachers.vit.precision=fp8", "teachers.vit.precision: Input should be 'auto', 'fp32' or 'bf16'"),
     ],
 )

@@ -5,11 +5,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ray.cluster_utils import Cluster
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ConfigError, ManifestMismatch
 from reinforce.run import driver
+from reinforce.run import on_ray as on_ray_room
 from reinforce.store.store import Store
 from tests import tiny
 from tests.processes import Run, kill
@@ -26,7 +28,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def cluster():
     """One Ray for all runs of this file that bring none of their own; a run connects to it and leaves it running."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "num_gpus": 0, "include_dashboard": False})
     yield made
     made.shutdown()
 
@@ -120,6 +122,43 @@ def test_a_wrong_model_ends_a_ray_run_with_its_sentence(
     tree["teachers"]["vit"]["model"] = "local-dir:nowhere"
     with pytest.raises(ConfigError, match="no open_clip_config.json in .*nowhere"):
         driver.run(tars[2], str(tmp_path / "s"), Recipe.model_validate(tree), RunOptions(workers="1", device="cpu"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_gpu_that_the_cluster_does_not_have_is_told_before_any_worker_starts(
+    on_ray: None, recipe: Recipe, tars: list[str], tmp_path: Path
+) -> None:
+    """The cluster of these tests has none, whatever this machine has."""
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"no GPU: the cluster at .* has 3 CPUs \(nodes: 1\)") as told:
+        driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers="1", device="cuda"))
+    assert time.monotonic() - start < 30
+    assert "minReplicas" in str(told.value) and not (tmp_path / "s").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("workers", ["auto", "0", "2"])
+def test_a_gpu_that_this_machine_does_not_have_is_told_before_ray_starts(
+    recipe: Recipe, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    monkeypatch.setattr(on_ray_room, "_ray", None)
+    with pytest.raises(ConfigError, match=r"device cuda was asked for, and torch \S+ finds no GPU"):
+        driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers=workers, device="cuda"))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_worker_with_a_gpu_that_its_torch_cannot_use_ends_the_run(
+    recipe: Recipe, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node says that it has a GPU, and torch is a build for the CPU: the run does not go on there without a word."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        with pytest.raises(ConfigError, match=r"device cuda was asked for, and torch \S+ finds no GPU"):
+            driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers="1"))
+    finally:
+        made.shutdown()
     assert not (tmp_path / "s").exists()
 
 

@@ -182,7 +182,8 @@ def test_the_most_pixels_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_warning_leaks() -> None:
     script = (
         "from tests.odd import odd_images\n"
-        "from reinforce import images, errors\n"
+        "from reinforce import errors\n"
+        "from reinforce.data import images\n"
         "for image, _ in odd_images().values():\n"
         "    try: images.decode(image)\n"
         "    except errors.SampleError: pass\n"

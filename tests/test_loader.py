@@ -26,7 +26,7 @@ def letters(texts: list[str]) -> torch.Tensor:
 
 
 def config(made: Reinforced, **changes: object) -> TrainConfig:
-    return TrainConfig(shards=made.shards, store=made.store).model_copy(update=changes)
+    return TrainConfig(shards=made.shards, store=made.store).but(**changes)
 
 
 def loader(config: TrainConfig, workers: int = 0, batch_size: int = 8, **options: int) -> Loader:
@@ -35,8 +35,9 @@ def loader(config: TrainConfig, workers: int = 0, batch_size: int = 8, **options
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
     def flat(batch: Batch) -> list[torch.Tensor]:
-        texts = [tensor for said in batch.text_targets.values() for tensor in said.values()]
-        return [batch.images, *batch.tokens.values(), *batch.image_targets.values(), *texts]
+        found: list[torch.Tensor] = []
+        batch.map(lambda tensor: found.append(tensor) or tensor)
+        return found
 
     return len(left) == len(right) and all(
         a.keys == b.keys and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
@@ -92,8 +93,20 @@ def test_pieces_are_the_batch_in_order(reinforced: Reinforced) -> None:
     whole = list(loader(config(reinforced)).batches(0, 3))
     pieces = list(loader(config(reinforced), accum_freq=4).batches(0, 3))
     assert [len(piece.keys) for piece in pieces] == [2] * 12
-    joined = [[key for piece in pieces[i : i + 4] for key in piece.keys] for i in (0, 4, 8)]
-    assert joined == [batch.keys for batch in whole]
+    assert same([Batch.cat(pieces[i : i + 4]) for i in (0, 4, 8)], whole)
+
+
+def test_a_map_goes_through_every_tensor(reinforced: Reinforced) -> None:
+    [batch] = islice(loader(config(reinforced)).batches(0, 1), 1)
+    names: list[str] = []
+    there = batch.map(lambda tensor: names.append(f"{tensor.dtype} {tuple(tensor.shape)}") or tensor.to("meta"))
+    assert sorted(names) == sorted(
+        ["torch.uint8 (8, 24, 24, 3)"]
+        + 2 * ["torch.int64 (8, 20)"]
+        + 3 * ["torch.bfloat16 (8, 16)", "torch.bfloat16 (8, 24)"]  # of images, and of two text sets
+    )
+    assert there.keys == batch.keys and there.tokens.keys() == batch.tokens.keys()
+    assert there.text_targets["coca"]["conv"].is_meta and not batch.text_targets["coca"]["conv"].is_meta
 
 
 def read_in_the_first_epoch(asked: TrainConfig) -> list[tuple[str, str, int | None]]:

@@ -14,6 +14,7 @@ from reinforce.models import prompts
 from reinforce.models.frozen import FrozenModel
 from reinforce.models.open_clip import get_tokenizer, open_clip
 from reinforce.models.prompts import Prompts
+from reinforce.models.teacher import load_teacher
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_an_adapted_teacher_has_a_digest_of_its_own(recipe: Recipe, tmp_path: Pa
     plain = FrozenModel(recipe.teachers["vit"], CPU)
     added = Prompts.fresh(plain.model, 2, 1, seed=0, tokenizer=plain.tokenizer)
     prompts.save(added, tmp_path / "p.safetensors", "vit", plain.digest, {"epochs": 3})
-    adapted = FrozenModel(Teacher(model=recipe.teachers["vit"].model, prompts=str(tmp_path / "p.safetensors")), CPU)
+    adapted = load_teacher(Teacher(model=recipe.teachers["vit"].model, prompts=str(tmp_path / "p.safetensors")), CPU)
     assert adapted.digest != plain.digest
     assert adapted.describe().keys() == plain.describe().keys()
     assert json.loads(prompts.about(tmp_path / "p.safetensors")["about"]) == {"epochs": 3}
@@ -122,7 +123,7 @@ def test_prompts_of_another_model_are_refused(recipe: Recipe, tmp_path: Path) ->
     path = tmp_path / "p.safetensors"
     prompts.save(Prompts({"image": torch.zeros(1, 2, 32)}), path, "the-right-one", "0" * 64, {})
     with pytest.raises(ConfigError, match="trained with the-right-one.*has other weights"):
-        FrozenModel(Teacher(model=recipe.teachers["vit"].model, prompts=str(path)), CPU)
+        load_teacher(Teacher(model=recipe.teachers["vit"].model, prompts=str(path)), CPU)
     with pytest.raises(ConfigError, match="do not fit an image tower of 1 layers and width 32"):
         Prompts({"image": torch.zeros(1, 2, 16)}).attach(FrozenModel(recipe.teachers["vit"], CPU).model)
     save_file(load_file(path), path)

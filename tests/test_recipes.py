@@ -1,5 +1,10 @@
-"""The published recipes at full architecture, weights drawn at random: shapes, memory and code paths."""
+"""Recipes: how they are found, what is said of broken ones, and the published ones at full architecture with random
+weights: shapes, memory and code paths."""
 
+import ast
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +12,14 @@ import pytest
 
 from reinforce.check.info import info
 from reinforce.check.verify import verify
-from reinforce.config import RunOptions
+from reinforce.config import Config, RunOptions
 from reinforce.errors import ConfigError
-from reinforce.recipes import load_recipe
+from reinforce.recipes import FOLDER, listed, load_recipe
 from reinforce.run import driver
 from reinforce.store.store import Store
 from tests import tiny
+from train.comkd.adapt import load_adaptation
+from train.config import load_training
 
 
 @pytest.mark.slow
@@ -60,3 +67,85 @@ def test_models_that_do_not_exist_get_a_sentence(tmp_path: Path, override: str, 
         driver.run(
             tar, str(tmp_path / "s"), load_recipe("datacompdr_12m", [override]), RunOptions(workers="0", device="cpu")
         )
+
+
+NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_by_name_and_by_path_from_anywhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(FOLDER / f"{name}.py", tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    loaders: dict[str, Callable[[str], Config]] = {
+        "RECIPE": load_recipe,
+        "TRAINING": load_training,
+        "ADAPTATION": load_adaptation,
+    }
+    held = [constant for constant in loaders if name in listed(constant)]
+    assert "TRAINING" in held
+    for constant in held:
+        assert loaders[constant](name) == loaders[constant]("./mine.py") == loaders[constant](str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_its_command_and_its_machine(name: str) -> None:
+    said = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
+    assert said.partition("\n")[0].endswith((".", "?")) and "\nCommand: " in said and "\nMachine: " in said
+
+
+def test_a_recipe_may_take_that_of_another(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("from pipelines.datacompdr_12m import RECIPE, TRAINING\n")
+    assert load_recipe(str(mine)) == load_recipe("datacompdr_12m")
+    assert load_training(str(mine)) == load_training("datacompdr_12m")
+    mine.write_text("from pipelines.datacompdr_12m import RECIPE as OTHER\n\nRECIPE: object = OTHER.but(name='mine')\n")
+    assert load_recipe(str(mine)) == load_recipe("datacompdr_12m").but(name="mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("TRAINING = {'studnet': 'vit_tiny', 'lr': 1e-3}", "studnet: unknown key; did you mean student"),
+        ("TRAINING = {'comkd': {'class_sett': 'x'}}", "comkd.class_sett: unknown key; did you mean class_set"),
+        ("TRAINING = {'steps': 0}", "steps: Input should be greater than or equal to 1"),
+        ("TRAINING = ['steps']", "valid dictionary"),
+        ("RECIPE = 1", "mine.py has no TRAINING"),
+    ],
+)
+def test_wrong_settings_of_a_training_get_a_sentence(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_training(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\nRECIPE = = 3", "mine.py, line 2: SyntaxError: invalid syntax"),
+        ("x = 1\n\nRECIPE = Recip(name='mine')", "mine.py, line 3: NameError: name 'Recip' is not defined"),
+        ("def make():\n    return 1 / 0\n\nRECIPE = make()", "mine.py, line 2: ZeroDivisionError"),
+        ("import numpi", "mine.py, line 1: ModuleNotFoundError: No module named 'numpi'"),
+        ("import sys\nsys.exit('no')", "mine.py, line 2: SystemExit: no"),
+        (
+            "from reinforce.config import Recipe\nRECIPE = Recipe(name='mine')",
+            "mine.py, line 2 is not valid:\n  teachers",
+        ),
+        ("RECIPE = {'teachers': {'a': {'modell': 'x'}}}", "teachers.a.modell: unknown key; did you mean model?"),
+        (
+            "from pipelines.sample import RECIPE as OTHER\nRECIPE = OTHER.but(view_set={})",
+            "line 2: ConfigError: Recipe.but is not valid:\n  view_set: unknown key; did you mean view_sets?",
+        ),
+        ("TRAINING = {}", "mine.py has no RECIPE"),
+        ("RECIPE = 3", "mine.py is not valid:\n  Input should be a valid dictionary"),
+        (None, "mine.py: no such file"),
+    ],
+)
+def test_a_broken_recipe_gets_a_sentence_with_the_line(text: str | None, told: str, tmp_path: Path) -> None:
+    if text is None:
+        (tmp_path / "mine.py").mkdir()
+    else:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_recipe(str(tmp_path / "mine.py"))

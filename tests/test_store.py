@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from reinforce.config import ClassSet, Recipe
 from reinforce.errors import Corrupt, NotCommitted, StoreError
+from reinforce.store.columns import CLASSES, Column, class_columns, columns
 from reinforce.store.store import CHUNK_ROWS, Store
 from tests.tiny import tree
 
@@ -64,6 +66,42 @@ def test_columns_of_every_length(tmp_path: Path, rows: int) -> None:
         assert (store.read("00000", name) == array).all()
         assert store.open_array("00000", name).attrs["rows"] == rows
         store.check("00000", name)
+
+
+def test_a_recipe_names_its_columns_and_a_column_knows_what_it_is(recipe: Recipe) -> None:
+    both = recipe.but(class_sets={"kinds": ClassSet(classnames=("hat", "shoe"))}, num_original_captions=4)
+    assert both.text_sets == {"original": 4, "coca": 2}
+    asked = {str(column): column for column in columns(both)}
+    assert list(asked) == [
+        *("key", "status", "size", "text/original/caption", "text/coca/caption"),
+        *("view/base/augment", "view/base/pixels"),
+        *("text/original/vit", "text/original/conv", "text/coca/vit", "text/coca/conv"),
+        *("view/base/vit", "view/base/conv"),
+    ]
+    assert [str(column) for column in class_columns(both)] == ["kinds/name", "kinds/vit", "kinds/conv"]
+    everything = columns(both) + class_columns(both)
+    assert all(Column.at(str(column)) == column for column in everything)
+    embeddings = [str(column) for column in everything if column.teacher]
+    assert embeddings == [path for path in map(str, everything) if path.endswith(("/vit", "/conv"))]
+    num_items = {column.set: column.num_items(both) for column in columns(both) if column.row_axis == 1}
+    assert num_items == {"original": 4, "coca": 2, "base": 3}
+    assert {str(column) for column in everything if column.row_axis == 0} == {
+        *("key", "status", "size", "kinds/name", "kinds/vit", "kinds/conv")
+    }
+    for path in ("", "a/b/c", "view/base/vit/more"):
+        with pytest.raises(ValueError, match="no column lies at"):
+            Column.at(path)
+
+
+def test_a_column_is_the_same_by_its_path(tmp_path: Path) -> None:
+    """The rows of a class text are on the first axis: one chunk, where a view's embeddings have one for each view."""
+    store = Store(str(tmp_path))
+    array = embeddings(1, 4, 8)[0]
+    store.commit(CLASSES, Column("class", "kinds", "vit"), array)
+    assert same_bits(store.read(CLASSES, "kinds/vit"), array)
+    assert store.missing(CLASSES, ["kinds/vit", "kinds/name"]) == ["kinds/name"]
+    assert store.objects(CLASSES, "kinds/vit") == ["c.0.0"]
+    assert store.open_array(CLASSES, "kinds/vit").attrs["rows"] == 4
 
 
 def test_plain_zarr_and_tensorstore_read_the_same_bits(tmp_path: Path) -> None:

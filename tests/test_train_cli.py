@@ -1,15 +1,26 @@
 """What a user of the trainer types and sees: exit codes, sentences on stderr, exactly one JSON object on stdout."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
 from pipelines.experiments import lambda_sweep, steps
+from reinforce.config import Recipe
+from reinforce.errors import ConfigError
 from tests import processes, tiny
 from tests.conftest import Reinforced
-from tests.processes import here
+from tests.processes import ROOT, here
 from train.__main__ import app
+from train.config import TrainConfig
 
 SMALL = ["--set", "steps=2", "--set", "global_batch_size=8", "--set", "streams=4", "--set", "workers=0"]
 
@@ -49,6 +60,32 @@ def test_eval(trained: Path, reinforced: Reinforced) -> None:
     assert found["b"]["num_skipped"] == 2
 
 
+def test_eval_in_half_precision_is_near(trained: Path, reinforced: Reinforced) -> None:
+    asked = ["eval", str(trained / "student"), f"a={reinforced.shards.split('::')[0]}", "--device", "cpu", "--json"]
+    ran = CliRunner().invoke(app, [*asked, "--precision", "amp_bf16", "--batch-size", "3"])
+    assert ran.exit_code == 0, ran.stderr
+    full = json.loads((trained / "report.json").read_text())["evaluated"]["own"]
+    assert json.loads(ran.stdout)["a"] == pytest.approx(full, abs=0.2)  # 13 images: two of them may move
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_card_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    """The folder, the set and the image do not exist either."""
+    nowhere = str(tmp_path / "nowhere")
+    for arguments in (["eval", nowhere, f"a={nowhere}"], ["classify", nowhere, nowhere], ["latency", nowhere]):
+        ran = CliRunner().invoke(app, [*arguments, "--device", "cuda"])
+        assert (ran.exit_code, ran.stdout) == (2, "")
+        assert "device cuda was asked for, and torch finds none" in ran.stderr
+
+
+def test_every_option_of_the_commands_for_students_has_help() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("eval", "export", "classify", "latency"):
+        assert commands[name].help
+        missing = [parameter.name for parameter in commands[name].params if not getattr(parameter, "help", None)]
+        assert not missing, (name, missing)
+
+
 def test_export(trained: Path, tmp_path: Path) -> None:
     code, told, said = python_m("train", "export", str(trained / "student"), str(tmp_path / "out"), "--json")
     assert code == 0, said
@@ -84,28 +121,69 @@ def test_journeys_name_themselves() -> None:
     assert code == 2 and "lambda_sweep" in said and "sample" in said
 
 
-def test_a_step_that_is_done_is_skipped_and_a_failed_one_shows_its_words(tmp_path: Path) -> None:
-    done = tmp_path / "a/report.json"
-    done.parent.mkdir()
-    done.touch()
-    steps.run([(done, ["train", "no-such-command"])], "nothing")
-    with pytest.raises(steps.StepFailed, match=r"(?s)ended with 2.*no-such-command"):
-        steps.run([(tmp_path / "b/report.json", ["train", "no-such-command"])], "failing")
+@pytest.mark.parametrize("name", ["comkd", "sample"])
+def test_outside_a_checkout_it_is_said_where_the_samples_are(name: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipelines", name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: no samples/train here")
+    assert "Traceback" not in done.stderr
 
 
-def test_the_table_of_the_sweep(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def training(reinforced: Reinforced) -> TrainConfig:
+    return TrainConfig(
+        shards=reinforced.shards,
+        store=reinforced.store,
+        student=reinforced.student,
+        steps=2,
+        global_batch_size=8,
+        streams=4,
+        workers=0,
+        report_to=[],
+    )
+
+
+def test_trainings_side_by_side_are_done_once(training: TrainConfig, tmp_path: Path) -> None:
+    runs = {f"seed_{seed}": training.but(seed=seed) for seed in range(2)}
+    reports = steps.fit_all(runs, tmp_path, "students", at_once=2)
+    assert [(name, reports[name]["out"]) for name in runs] == [(name, str(tmp_path / name)) for name in runs]
+    assert reports["seed_0"]["metrics"] != reports["seed_1"]["metrics"]
+    assert "step 2/2" in (tmp_path / "seed_1/log.txt").read_text()
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = {"seed_0": runs["seed_0"]}
+    assert steps.fit_all(again, tmp_path, "students", at_once=1) == {"seed_0": reports["seed_0"]}
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == weights
+    with pytest.raises(ConfigError, match="belongs to a training with other settings"):
+        steps.fit_all({"seed_0": training.but(steps=3)}, tmp_path, "students", at_once=1)
+    own = {"own": training.shards.split("::")[0]}
+    with pytest.raises(ConfigError, match="was not evaluated on own"):
+        steps.fit_all({"seed_0": training.but(eval_sets=own)}, tmp_path, "students", at_once=1)
+
+
+def test_a_job_that_is_killed_gets_a_sentence_and_no_other_begins(tmp_path: Path) -> None:
+    killed, other = partial(signal.raise_signal, signal.SIGKILL), partial(print, "begun")
+    with pytest.raises(steps.StepFailed, match=f"{tmp_path}/a: its process was killed"):
+        steps.side_by_side({tmp_path / "a": killed, tmp_path / "b": other, tmp_path / "c": other}, "jobs", at_once=1)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_store_whose_shards_fail_gets_a_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    tar = tiny.tar(tmp_path / "00000.tar", 2, 2)
+    with pytest.raises(steps.StepFailed, match="1 shards failed; of 00000 it says: 2 of 4 samples are invalid"):
+        steps.write_store(tar, str(tmp_path / "store"), recipe, workers=0)
+
+
+def test_the_table_of_the_sweep() -> None:
     """Three seeds, hand-made scores: means, spreads, and gains by seed."""
-    scores = {0.0: (0.40, 0.50, 0.60), 0.25: (0.41, 0.52, 0.63), 0.75: (0.50, 0.60, 0.70), 1.0: (0.40, 0.50, 0.60)}
-    for noise in lambda_sweep.NOISES:
-        for weight, found in scores.items():
-            for seed, top1 in enumerate(found):
-                folder = tmp_path / lambda_sweep._name(noise, weight, seed)
-                folder.mkdir()
-                (folder / "report.json").write_text(json.dumps({"evaluated": {"test": {"top1": top1}}}))
-    for i in range(2):
-        (tmp_path / f"teacher_{i}").mkdir()
-        (tmp_path / f"teacher_{i}/report.json").write_text(json.dumps({"evaluated": {"test": {"top1": 0.7}}}))
-    table = lambda_sweep._table(tmp_path, 3)
+    scores = {0.0: (40.0, 50.0, 60.0), 0.25: (41.0, 52.0, 63.0), 0.75: (50.0, 60.0, 70.0), 1.0: (40.0, 50.0, 60.0)}
+    top1 = {f"teacher_{i}": 70.0 for i in range(2)} | {
+        lambda_sweep._name(noise, weight, seed): top1
+        for noise in lambda_sweep.NOISES
+        for weight, found in scores.items()
+        for seed, top1 in enumerate(found)
+    }
+    table = lambda_sweep._table(top1, 3)
     row = table["rows"][1]
     assert row["mean"] == pytest.approx(52.0) and row["spread"] == pytest.approx(11.0)
     assert row["gain"] == pytest.approx(2.0) and row["gain_spread"] == pytest.approx(1.0)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from reinforce.errors import ConfigError, Corrupt, Diverged
+from reinforce.models import tensorfile
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
@@ -37,7 +38,7 @@ def config(made: Reinforced, **changes: object) -> TrainConfig:
         workers=0,
         log_every_n_steps=1,
         report_to=[],
-    ).model_copy(update=changes)
+    ).but(**changes)
 
 
 def curve(out: Path) -> list[tuple[int, float]]:
@@ -103,7 +104,7 @@ def test_killed_in_mid_epoch_and_resumed_it_is_the_same_curve(
     process.kill()
     process.wait()
     assert not (run / "report.json").exists()
-    fit(asked.model_copy(update={"workers": 2}), run)
+    fit(asked.but(workers=2), run)
     assert curve(run) == curve(tmp_path / "whole")
     assert same_weights(run, tmp_path / "whole")
 
@@ -145,7 +146,7 @@ def test_two_ranks_are_one_with_twice_the_batch(reinforced: Reinforced, tmp_path
         timeout=200,
         capture_output=True,
     )
-    fit(asked.model_copy(update={"accum_freq": 1}), tmp_path / "one")
+    fit(asked.but(accum_freq=1), tmp_path / "one")
     for (step, two), (_, one) in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
         assert two == pytest.approx(one, abs=1e-4), step
     a, b = load_file(tmp_path / "two" / WEIGHTS), load_file(tmp_path / "one" / WEIGHTS)
@@ -161,7 +162,7 @@ def test_one_store_serves_many_students_untouched(reinforced: Reinforced, tmp_pa
     assert tiny.tree(reinforced.store) == before
 
 
-def test_a_loss_that_is_no_number_stops_with_its_samples(reinforced: Reinforced, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_stops_with_its_samples(reinforced: Reinforced, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"step \d+: .*nan.*; its 8 samples, from 0000.* are listed in"):
         fit(config(reinforced, lr=1e30, warmup=0, grad_clip_norm=None), tmp_path)
     (path,) = tmp_path.glob("diverged_step_*")
@@ -209,12 +210,28 @@ def test_a_checkpoint_of_another_training(reinforced: Reinforced, tmp_path: Path
     with pytest.raises(ConfigError, match=r"lr: it was 0.001, this run asks for 0.1"):
         fit(config(reinforced, steps=2, lr=0.1), tmp_path)
     fewer = config(reinforced, steps=2, shards=reinforced.shards.rpartition("::")[0])
-    with pytest.raises(ConfigError, match=r"shards, store: it learned from others"):
+    with pytest.raises(ConfigError, match=r"the data: it learned from other samples"):
         fit(fewer, tmp_path)
     (path,) = (tmp_path / "checkpoints").iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(Corrupt, match="cannot be read"):
+    with pytest.raises(Corrupt, match="^checkpoint .*cannot be read.*; remove it to go on from the one before"):
         fit(config(reinforced, steps=2), tmp_path)
+
+
+def test_a_checkpoint_from_before_there_was_a_setting(reinforced: Reinforced, tmp_path: Path) -> None:
+    """It counts as trained with that setting's default."""
+    whole = fit(config(reinforced, save_every_n_steps=5), tmp_path)
+    (tmp_path / "report.json").unlink()
+    half, last = sorted((tmp_path / "checkpoints").iterdir())
+    last.unlink()
+    tensors, metadata = tensorfile.load(half)
+    assert {name.partition("/")[0] for name in tensors} == {"model", "exp_avg", "exp_avg_sq", "step"}
+    saved = json.loads(metadata["config"])
+    del saved["captions"], saved["report_to"]
+    tensorfile.save(tensors, half, metadata | {"config": json.dumps(saved)})
+    with pytest.raises(ConfigError, match="captions: it was each, this run asks for mix"):
+        fit(config(reinforced, captions="mix"), tmp_path)
+    assert fit(config(reinforced), tmp_path)["metrics"] == whole["metrics"]
 
 
 def test_only_the_newest_checkpoints_are_kept(reinforced: Reinforced, tmp_path: Path) -> None:

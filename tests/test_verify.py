@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from reinforce.check.replay import replay
 from reinforce.check.verify import verify
 from reinforce.config import Recipe, RunOptions
+from reinforce.data.shards import expand
 from reinforce.errors import ConfigError
 from reinforce.run import driver
 from reinforce.store.store import Store
@@ -94,6 +97,17 @@ def test_the_wrong_tar_gets_a_sentence(made: tuple[str, str], tmp_path: Path) ->
     nothing = tiny.tar(tmp_path / "other/00009.tar", 5, seed=7)
     with pytest.raises(ConfigError, match="none of the shards given"):
         verify(store, nothing, 10, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_read(made: tuple[str, str], tmp_path: Path) -> None:
+    shards, store = made
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        verify(store, shards, 4, "cuda")
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        replay(Store(store), Store(store).promised(), expand(shards), 4, "cuda")
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        verify(str(tmp_path / "no store here"), None, 0, "cuda")
 
 
 def test_without_the_weights_pixels_are_still_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from reinforce.data.shards import Status, expand
 from reinforce.errors import ManifestMismatch
 from reinforce.models.teacher import Teacher
 from reinforce.run.worker import Worker
-from reinforce.store.manifest import columns
+from reinforce.store.columns import columns
 from reinforce.store.store import Store
 from tests import tiny
 
@@ -86,7 +86,7 @@ def test_same_input_same_bytes_and_resume_of_any_columns(recipe: Recipe, tmp_pat
     worker = Worker(recipe, str(tmp_path / "s"), options)
     for lost in choices:
         for column in lost:
-            (tmp_path / "s/00000" / column / "zarr.json").unlink()
+            (tmp_path / "s/00000" / str(column) / "zarr.json").unlink()
         report = worker.reinforce(*expand(tar))
         assert report.columns_written == len(lost)
         assert {k: v for k, v in tiny.tree(tmp_path / "s").items() if not k.startswith(".partial")} == whole

@@ -1,8 +1,11 @@
-"""Command line of the trainer. Exit codes: 0 done, 1 done but with faults or stopped, 2 the request was wrong."""
+"""Train small image-text models on tars and on what a store knows of them; evaluate, export and time them.
+
+Exit codes: 0 done; 1 done, but with faults; 2 the request was wrong, nothing was done; 130 stopped (run it again).
+"""
 
 import json
-import logging
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,26 +14,47 @@ import typer
 
 from reinforce.config import parse
 from reinforce.errors import ConfigError, SampleError
-from reinforce.terminal import JsonOption, errors_as_sentences, print_tree
+from reinforce.recipes import choice, listed
+from reinforce.terminal import JsonOption, VersionOption, errors_as_sentences, print_tree, start, typed
 from train.config import TrainConfig, load_training
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-SetOption = Annotated[list[str], typer.Option("--set", help="dotted.key=value, over the recipe; may be repeated")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe: dotted.key=value; may be repeated")
+]
 _EVAL_HELP = "a folder in CLIP_benchmark's layout, or tars with captions; may be repeated"
 StudentArgument = Annotated[str, typer.Argument(help="a name of the table, or a folder such as runs/NAME/student")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="where it runs; auto: CUDA if there is a card, else the CPU")
+]
+
+
+@app.callback()
+def _all(version: VersionOption = False) -> None: ...
+
+
+@app.command()
+def recipes(json_: JsonOption = False) -> None:
+    """List the recipes that `fit --recipe` takes by name."""
+    with errors_as_sentences():
+        print(json.dumps(listed("TRAINING")) if json_ else choice("TRAINING"))
 
 
 @app.command()
 def fit(
     shards: Annotated[str, typer.Option(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")],
-    store: Annotated[str | None, typer.Option(help="what teachers know of these tars; none: plain CLIP")] = None,
-    student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; the recipe's, if none")] = None,
+    store: Annotated[str | None, typer.Option(help="what teachers know of these tars; without: plain CLIP")] = None,
+    student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; else the recipe's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, curves, the student")] = Path(
         "runs/latest"
     ),
     recipe: Annotated[
-        str | None, typer.Option(help="a file in pipelines/ with a TRAINING, or one saved as .json; defaults, if none")
+        str | None,
+        typer.Option(
+            help="name of a recipe (`clip-train recipes`), or a path: mine.py, mine.json; without: the defaults",
+            autocompletion=lambda: list(listed("TRAINING")),
+        ),
     ] = None,
     eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
     set_: SetOption = [],
@@ -47,49 +71,52 @@ def fit(
 
         report = fit_student(config, out)
         if int(os.environ.get("RANK", 0)) == 0:
-            _print(report, json_, f"python -m train eval {out / 'student'} NAME=SET")
+            _print(report, json_, f"{typed('clip-train')} eval {out / 'student'} NAME=SET")
 
 
 @app.command(name="eval")
 def eval_(
     student: StudentArgument,
     sets: Annotated[list[str], typer.Argument(metavar="NAME=SET...", help=_EVAL_HELP)],
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="images or texts per forward pass")] = 256,
+    device: DeviceOption = "auto",
+    precision: Annotated[
+        Literal["fp32", "amp_bf16"], typer.Option(help="arithmetic; amp_bf16 is bfloat16 autocast")
+    ] = "fp32",
     json_: JsonOption = False,
 ) -> None:
-    """Zero-shot classification and retrieval of a trained student."""
-    with errors_as_sentences():
-        from train import students
-        from train.comkd import classifier
-        from train.evaluation.metrics import evaluate
-        from train.evaluation.sets import EvalSet
+    """Score a student: zero-shot classification where images have classes, retrieval where they have captions.
 
+    All scores are shares from 0 to 1.
+
+    A student trained with comkd is scored on its own classes, by the base-to-novel protocol.
+    """
+    with errors_as_sentences():
+        from reinforce.models.device import pick_device
+        from train.evaluation.sets import EvalSet
+        from train.trained import load
+
+        place = pick_device(device)
         opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
-        if (Path(student) / classifier.FILE).is_file():
-            _print(classifier.load(Path(student)).evaluate(opened), json_)
-        else:
-            _print(evaluate(students.create(student), opened, batch_size), json_)
+        _print(load(student, place).evaluate(opened, batch_size, precision), json_)
 
 
 @app.command()
 def export(
     student: StudentArgument,
-    out: Annotated[Path, typer.Argument(help="folder that is written; it must not be there, or be empty")],
+    out: Annotated[Path, typer.Argument(help="folder to write; it must not exist yet, or be empty")],
     json_: JsonOption = False,
 ) -> None:
-    """Write a student as an open_clip folder and as ONNX, of both towers or of its classifier; check that all agree."""
-    with errors_as_sentences():
-        from train import students
-        from train.comkd import classifier
-        from train.export import export as export_student
-        from train.export import export_classifier, noise
+    """Write a student as an open_clip folder and as ONNX, and check that both give what the student gives.
 
-        if (Path(student) / classifier.FILE).is_file():
-            loaded = classifier.load(Path(student))
-            report = export_classifier(loaded, out, noise(loaded.student)[0])
-        else:
-            created = students.create(student)
-            report = export_student(created, out, *noise(created))
+    ONNX has both towers, or the classifier of a student trained with comkd.
+
+    If the check finds a difference, the exit code is 1 and the files stay in OUT.partial.
+    """
+    with errors_as_sentences():
+        from train.trained import load
+
+        report = load(student).export(out)
         _print(asdict(report), json_)
     raise typer.Exit(1 if report.faults else 0)
 
@@ -97,17 +124,17 @@ def export(
 @app.command()
 def latency(
     students: Annotated[list[str], typer.Argument(help="names of the table, or folders")],
-    size: Annotated[list[int], typer.Option(min=1, help="pixels a side; may be repeated")] = [256, 512],
-    batch: Annotated[list[int], typer.Option(min=1, help="images a call; may be repeated")] = [1],
-    repeats: Annotated[int, typer.Option(min=2)] = 20,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option()] = "fp32",
-    compiled: Annotated[bool, typer.Option("--compiled", help="all of them through torch.compile")] = False,
+    size: Annotated[list[int], typer.Option(min=1, help="pixels per side of an image; may be repeated")] = [256, 512],
+    batch: Annotated[list[int], typer.Option(min=1, help="images or texts per call; may be repeated")] = [1],
+    repeats: Annotated[int, typer.Option(min=2, help="calls that are timed, after the warm-up")] = 20,
+    device: DeviceOption = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="type of weights and activations")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compiled", help="run every tower through torch.compile")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Parameters, FLOPs and milliseconds of students, folded and warmed up, by one protocol."""
+    """Measure students: parameters, FLOPs and milliseconds per call of each tower, in the form used for inference."""
     with errors_as_sentences():
-        from reinforce.models.open_clip import pick_device
+        from reinforce.models.device import pick_device
         from train.latency import measure, table
 
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
@@ -121,7 +148,7 @@ def adapt(
     pretrained: Annotated[str | None, typer.Option(help="its weights, a tag or a file")] = None,
     out: Annotated[Path, typer.Option(help="the file that is written")] = Path("runs/prompts.safetensors"),
     recipe: Annotated[
-        str, typer.Option(help="a file in pipelines/ with an ADAPTATION, or one saved as .json")
+        str, typer.Option(help="name of a recipe with an ADAPTATION, or a path: mine.py, mine.json")
     ] = "comkd",
     eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
     set_: SetOption = [],
@@ -140,33 +167,46 @@ def adapt(
         _print(
             adapt_teacher(config, out),
             json_,
-            "python -m reinforce run .. with a recipe whose teacher has "
-            f"prompts={out} and whose class_sets name the classes",
+            f"{typed('clip-reinforce')} run .. with a recipe whose teacher has prompts={out} "
+            "and whose class_sets name the classes",
         )
 
 
 @app.command()
 def classify(
-    student: Annotated[Path, typer.Argument(help="folder of a student that was trained with comkd")],
-    images: Annotated[list[Path], typer.Argument(help="files")],
+    student: Annotated[Path, typer.Argument(help="folder of a student trained with comkd")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Say which class each image shows, and how sure that is."""
+    """Give the three most probable classes of each image, among the classes that the student was trained on.
+
+    The numbers are probabilities from 0 to 1. Over all classes they add up to 1.
+
+    Images that cannot be read are named on stderr, the others are classified, and the exit code is 1.
+
+    JSON has the probabilities under `classified` and the reasons under `failed`, both by file.
+    """
     with errors_as_sentences():
         from reinforce.data.images import decode
+        from reinforce.models.device import pick_device
         from train.comkd.classifier import load
 
-        loaded = load(student)
-        found = {}
+        place = pick_device(device)
+        classifier = load(student).to(place)
+        classified, failed = dict[str, dict[str, float]](), dict[str, str]()
         for path in images:
             try:
-                shares = loaded.classify([decode(path.read_bytes())])[0]
+                picture = decode(path.read_bytes())
             except (OSError, SampleError) as error:
-                raise ConfigError(f"{path}: {error}; give image files") from None
-            found[str(path)] = {
-                loaded.names[i]: round(shares[i].item(), 4) for i in shares.argsort(descending=True)[:3]
-            }
-        _print(found, json_)
+                failed[str(path)] = getattr(error, "strerror", None) or str(error)
+                print(f"error: {path}: {failed[str(path)]}; give image files", file=sys.stderr)
+                continue
+            probabilities = classifier.classify([picture])[0]
+            best = probabilities.argsort(descending=True)[:3].tolist()
+            classified[str(path)] = {classifier.names[i]: round(probabilities[i].item(), 4) for i in best}
+        _print({"classified": classified, "failed": failed} if json_ else classified, json_)
+    raise typer.Exit(1 if failed else 0)
 
 
 def _eval_sets(texts: list[str]) -> dict[str, str]:
@@ -188,6 +228,10 @@ def _print(found: dict[str, Any], json_: bool, following: str = "") -> None:
         print(f"Next:  {following}")
 
 
+def main() -> None:
+    """The command `clip-train`."""
+    start(app)
+
+
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    app()
+    main()

@@ -1,19 +1,21 @@
 """A training as one file: weights, optimiser, average, position. Written whole or not at all; no pickle.
 
 Random numbers and the order of the data are functions of (seed, step), so that the step is all there is to say of both.
+Names in the file: `model/NAME`, `average/NAME`, and SLOT/NAME for what the optimiser keeps of parameter NAME.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from reinforce.config import parse
 from reinforce.errors import ConfigError, Corrupt
 from reinforce.models import tensorfile
-from train.config import FREE, TrainConfig
+from train.average import Average
+from train.config import LoopConfig
 
 KEPT = 2  # the newest ones; the one before is there if the disk fills while the last is written
 
@@ -21,18 +23,18 @@ KEPT = 2  # the newest ones; the one before is there if the disk fills while the
 def save(
     folder: Path,
     step: int,
-    config: TrainConfig,
+    config: LoopConfig,
     data: str,
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    average: dict[str, Tensor],
+    optimizer: Optimizer,
+    average: Average | None,
 ) -> Path:
     """Write `step_N.safetensors`, the state before step N, and remove older ones. `data`: the source's fingerprint."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names = _names(model, optimizer)
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
-    for parameter, state in optimizer.state.items():
-        tensors |= {f"{slot}/{names[parameter]}": state[slot] for slot in ("exp_avg", "exp_avg_sq", "step")}
+    tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()} if average else {}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"{slot}/{names[index]}": value for slot, value in slots.items() if isinstance(value, Tensor)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.safetensors"
     tensorfile.save(tensors, path, {"step": str(step), "config": config.model_dump_json(), "data": data})
@@ -47,60 +49,66 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(
-    path: Path,
-    config: TrainConfig,
-    data: str,
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    average: dict[str, Tensor],
+    path: Path, config: LoopConfig, data: str, model: nn.Module, optimizer: Optimizer, average: Average | None
 ) -> int:
     """Put a checkpoint into model, optimiser and average; gives the step to go on with.
 
     Raises ConfigError where it belongs to another training, Corrupt where it cannot be read.
     """
-    step, tensors = _read(path, config, data)
-    model.load_state_dict(_of("model", tensors))
-    for name, tensor in _of("average", tensors).items():
-        average[name].copy_(tensor)
-    slots = {slot: _of(slot, tensors) for slot in ("exp_avg", "exp_avg_sq", "step")}
-    for name, parameter in model.named_parameters():
-        if name in slots["exp_avg"]:
-            optimizer.state[parameter] = {
-                "step": slots["step"][name],
-                "exp_avg": slots["exp_avg"][name].to(parameter.device),
-                "exp_avg_sq": slots["exp_avg_sq"][name].to(parameter.device),
-            }
+    step, parts = _read(path, config, data)
+    model.load_state_dict(parts.pop("model"))
+    averaged = parts.pop("average", {})
+    if average:
+        for name, tensor in averaged.items():
+            average.tensors[name].copy_(tensor)
+    names = _names(model, optimizer)
+    slots_of = {i: {slot: of[name] for slot, of in parts.items() if name in of} for i, name in enumerate(names)}
+    state = {i: slots for i, slots in slots_of.items() if slots}
+    # It puts each tensor where the optimiser wants it: AdamW's step stays on the CPU, the rest goes to the weights.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step
 
 
-def _read(path: Path, config: TrainConfig, data: str) -> tuple[int, dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError) as error:
-        raise Corrupt(f"checkpoint {path} cannot be read: {error}; remove it to go on from the one before") from error
-    differences = _differences(json.loads(metadata["config"]), config.model_dump(mode="json"))
-    if metadata["data"] != data:
-        differences.append("  shards, store: it learned from others, or their content has changed")
-    if differences:
-        raise ConfigError(
-            f"{path} belongs to a training with other settings:\n" + "\n".join(differences) + "\n"
-            "Go on with the settings it was begun with, or give another --out."
-        )
-    return int(metadata["step"]), tensors
+def differences(saved: dict[str, Any], config: LoopConfig, where: Path) -> list[str]:
+    """Sentences on what `config` asks for and what was saved, but for what it is free to change.
 
-
-def _differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    A key that is newer than what was saved counts as its default, and one that is no more does not count. Raises
+    ConfigError where the saved settings are no longer possible.
+    """
+    asked = config.model_dump(mode="json")
+    was = parse(type(config), {key: saved[key] for key in asked if key in saved}, str(where)).model_dump(mode="json")
     return [
-        f"  {key}: it was {saved.get(key)}, this run asks for {asked.get(key)}"
+        f"  {key}: it was {was[key]}, this run asks for {asked[key]}"
         for key in asked
-        if key not in FREE and saved.get(key) != asked[key]
+        if key not in config.free and was[key] != asked[key]
     ]
 
 
-def _of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+def _read(path: Path, config: LoopConfig, data: str) -> tuple[int, dict[str, dict[str, Tensor]]]:
+    """The step, and tensors by the part before the first slash of their name and what follows."""
+    try:
+        tensors, metadata = tensorfile.load(path)
+    except Corrupt as error:
+        raise Corrupt(f"checkpoint {error}; remove it to go on from the one before") from error
+    found = differences(json.loads(metadata["config"]), config, path)
+    if metadata["data"] != data:
+        found.append("  the data: it learned from other samples, or their content has changed")
+    if found:
+        raise ConfigError(
+            f"{path} belongs to a training with other settings:\n" + "\n".join(found) + "\n"
+            "Go on with the settings it was begun with, or give another --out."
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = tensor
+    return int(metadata["step"]), parts
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The parameters' names, as the optimiser counts them."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Every knob of the trainer on one page. Where open_clip's trainer has the same knob, it has the same name."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -33,7 +33,21 @@ class ComkdConfig(Config):
         return self
 
 
-class TrainConfig(Config):
+class LoopConfig(Config):
+    """What the loop of any training asks for (train/loop.py)."""
+
+    eval_every_n_steps: int | None = Field(None, ge=1, description="besides at the end")
+    save_every_n_steps: int = Field(1000, ge=1)
+    log_every_n_steps: int = Field(10, ge=1)
+    report_to: list[Reporter] = Field(["tensorboard"])
+
+    # What a resumed run may change: none of it touches what is learned, but for how its sums are rounded.
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"device", "eval_every_n_steps", "save_every_n_steps", "log_every_n_steps", "report_to"}
+    )
+
+
+class TrainConfig(LoopConfig):
     """One training of one student. All of it is saved beside what it makes."""
 
     # What is learned, and from what.
@@ -85,12 +99,18 @@ class TrainConfig(Config):
     workers: int = Field(2, ge=0, description="processes a rank that decode; 0 for none")
     cache_dir: str | None = Field(None, description="folder that remote tars are copied to")
 
-    # What is said and kept.
     eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout, or tars with captions")
-    eval_every_n_steps: int | None = Field(None, ge=1, description="besides at the end")
-    save_every_n_steps: int = Field(1000, ge=1)
-    log_every_n_steps: int = Field(10, ge=1)
-    report_to: list[Reporter] = Field(["tensorboard"])
+
+    free: ClassVar[frozenset[str]] = LoopConfig.free | {
+        "workers",
+        "cache_dir",
+        "shards",
+        "store",
+        "eval_sets",
+        "grad_checkpointing",
+        "torchcompile",
+        "accum_freq",
+    }
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -105,24 +125,6 @@ class TrainConfig(Config):
     @property
     def learns_from_teachers(self) -> bool:
         return self.comkd is not None or self.distill + self.feature_mse > 0
-
-
-# Knobs that a resumed run may change: none of them touches what is learned, but for how its sums are rounded.
-FREE = {
-    "device",
-    "workers",
-    "cache_dir",
-    "shards",
-    "store",
-    "eval_sets",
-    "eval_every_n_steps",
-    "save_every_n_steps",
-    "log_every_n_steps",
-    "report_to",
-    "grad_checkpointing",
-    "torchcompile",
-    "accum_freq",
-}
 
 
 def load_training(name: str | None, overrides: list[str] = []) -> TrainConfig:

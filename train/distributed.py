@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from reinforce.models.open_clip import pick_device
+from reinforce.models.device import pick_device
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,35 @@
-"""What a training says while it runs: a bar on a terminal, plain lines elsewhere; its curves as JSON lines and more."""
+"""What a training says while it runs: its progress, and its curves as JSON lines and more."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from reinforce.errors import MissingExtra
-from train.config import TrainConfig
+from reinforce.progress import Progress
+from train.config import LoopConfig
 
-_QUIET_S = 10.0  # plain lines come no closer together than this
 METRICS = "metrics.jsonl"
 
 
 class Journal:
     """The curves of a run, in `folder`: `metrics.jsonl`, and what `report_to` names. `silent`: all ranks but one."""
 
-    def __init__(self, folder: Path, config: TrainConfig, step: int, num_steps: int, silent: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: LoopConfig,
+        step: int,
+        num_steps: int,
+        samples_per_step: int,
+        silent: bool = False,
+    ) -> None:
+        """`step`: the first of this run."""
         self._config, self._silent = config, silent
-        self._num_steps, self._first = num_steps, step
-        self._start = self._last_line = time.monotonic()
+        self._num_steps, self._first, self._samples_per_step = num_steps, step, samples_per_step
+        self._start = time.monotonic()
         self._wait_s = 0.0
-        self._bar = tqdm(
-            total=num_steps, initial=step, unit="step", disable=silent or not sys.stderr.isatty(), dynamic_ncols=True
-        )
+        self._progress = Progress(num_steps, "step", done=step, silent=silent)
         if silent:
             return
         self._file = _resumed(folder / METRICS, step)
@@ -34,25 +38,10 @@ class Journal:
 
     def step(self, step: int, metrics: dict[str, float], wait_s: float) -> None:
         """Step number `step` is done. `wait_s`: how long it waited for its data."""
-        if self._silent:
-            return
         self._wait_s += wait_s
-        now = time.monotonic()
-        passed_s, rate, wait = self.speed(step + 1).values()
-        self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {wait:.0%} waiting for data", refresh=False
-        )
-        self._bar.update()
-        last = step + 1 == self._num_steps
-        if self._bar.disable and (now - self._last_line > _QUIET_S or last):
-            self._last_line = now
-            left_s = passed_s / (step + 1 - self._first) * (self._num_steps - step - 1)
-            print(
-                f"step {step + 1}/{self._num_steps}, loss {metrics['loss']:.3f}, {rate:.0f} samples/s, "
-                f"{wait:.0%} waiting for data, about {left_s:.0f} s left",
-                file=sys.stderr,
-            )
-        if (step + 1) % self._config.log_every_n_steps == 0 or last:
+        _, rate, wait = self.speed(step + 1).values()
+        self._progress.add(f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {wait:.0%} waiting for data")
+        if (step + 1) % self._config.log_every_n_steps == 0 or step + 1 == self._num_steps:
             self.write(step + 1, {**metrics, "samples_per_s": rate, "data_wait_share": wait})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -70,11 +59,11 @@ class Journal:
     def speed(self, step: int) -> dict[str, float]:
         """Of this run up to `step`: seconds, samples a second, share of them waiting for data."""
         passed_s = max(time.monotonic() - self._start, 1e-9)
-        samples = (step - self._first) * self._config.global_batch_size
+        samples = (step - self._first) * self._samples_per_step
         return {"seconds": passed_s, "samples_per_s": samples / passed_s, "data_wait_share": self._wait_s / passed_s}
 
     def close(self) -> None:
-        self._bar.close()
+        self._progress.close()
         if self._silent:
             return
         self._file.close()
@@ -100,7 +89,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
-def _wandb(folder: Path, config: TrainConfig) -> Any:
+def _wandb(folder: Path, config: LoopConfig) -> Any:
     try:
         import wandb
     except ImportError:

@@ -1,8 +1,9 @@
 """What a step minimises: the student with its heads, the loss of a batch, and the gradients of a step in pieces."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train import students
+from reinforce.models.pixels import Normaliser
 from train.config import TrainConfig
 from train.data.loader import Batch
 from train.data.sources import TeacherFacts
@@ -19,20 +20,43 @@ from train.evaluation.sets import EvalSet
 from train.losses import FeatureHeads, TeacherPairs, feature_mse, pair_losses
 from train.students import Student
 
-Outputs = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a student makes of B samples. `image` (B, D) by name and `text` (S, B, D) by name, of S text sets:
+    `features` are its own, `guess/TEACHER` what it takes for that teacher's. `logit_scale` () is the multiplier."""
+
+    image: dict[str, Tensor]
+    text: dict[str, Tensor]
+    logit_scale: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Outputs":
+        """The same samples, with every tensor through `function`."""
+        image, text = ({name: function(x) for name, x in side.items()} for side in (self.image, self.text))
+        return Outputs(image, text, function(self.logit_scale))
+
+    @staticmethod
+    def cat(pieces: Sequence["Outputs"]) -> "Outputs":
+        """Outputs of pieces, one after the other, as those of one batch. All have one `logit_scale`, the first's."""
+        first = pieces[0]
+        return Outputs(
+            {name: torch.cat([piece.image[name] for piece in pieces]) for name in first.image},
+            {name: torch.cat([piece.text[name] for piece in pieces], dim=1) for name in first.text},
+            first.logit_scale,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.image.values(), *self.text.values(), self.logit_scale]
 
 
 class Trainee(nn.Module):
     """A student in training. Subclasses say what comes out of it, what is lost, how it is scored and how it is kept."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, student: Student, config: TrainConfig) -> None:
         super().__init__()
         self.student, self.precision = student, config.precision
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(student.preprocess_cfg[name]).view(1, 3, 1, 1), persistent=False)
+        self.normaliser = Normaliser(student.preprocess_cfg)
 
     @property
     @abstractmethod
@@ -41,8 +65,7 @@ class Trainee(nn.Module):
 
     @abstractmethod
     def forward(self, images: Tensor, tokens: Tensor | None) -> Outputs:
-        """`images` uint8 (B, H, W, 3), `tokens` (S x B, T), one text set after the other, or none. Of the
-        outputs `logit_scale` is (), those named image.. are (B, D), all others (S x B, D)."""
+        """`images` uint8 (B, H, W, 3); `tokens` (S, B, T) of S text sets, or none."""
 
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,7 +78,8 @@ class Trainee(nn.Module):
     def save(self, folder: Path) -> None: ...
 
     def pixels(self, images: Tensor) -> Tensor:
-        return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        pixels: Tensor = self.normaliser(images.permute(0, 3, 1, 2))
+        return pixels
 
     def autocast(self, images: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "amp_bf16")
@@ -85,19 +109,23 @@ class ClipTrainee(Trainee):
         return evaluate(self.student, sets, precision=self.precision)
 
     def save(self, folder: Path) -> None:
-        students.save(self.student, folder)
+        self.student.save(folder)
 
     def forward(self, images: Tensor, tokens: Tensor | None) -> Outputs:
-        """`image` (B, D), `text` (S x B, D), `logit_scale` (), and `image/TEACHER`, `text/TEACHER` where features are
-        matched."""
+        """Guesses of the teachers' features are there where features are matched."""
+        assert tokens is not None  # only comkd learns without texts
         with self.autocast(images):
-            out = self.model(self.pixels(images), tokens)
-            image, text = out["image_features"].float(), out["text_features"].float()
-            outputs = {"image": image, "text": text, "logit_scale": out["logit_scale"]}
-            for side, features in (("image", image), ("text", text)):
-                heads: nn.ModuleDict = getattr(self.heads, side)
-                outputs |= {f"{side}/{name}": head(features).float() for name, head in heads.items()}
-        return outputs
+            out = self.model(self.pixels(images), tokens.flatten(0, 1))
+            image, text = out["image_features"].float(), out["text_features"].float().unflatten(0, tokens.shape[:2])
+            return Outputs(
+                {"features": image} | self._guesses(self.heads.image, image),
+                {"features": text} | self._guesses(self.heads.text, text),
+                out["logit_scale"],
+            )
+
+    @staticmethod
+    def _guesses(heads: nn.ModuleDict, features: Tensor) -> dict[str, Tensor]:
+        return {f"guess/{name}": head(features).float() for name, head in heads.items()}
 
 
 def batch_loss(
@@ -108,18 +136,17 @@ def batch_loss(
     loss = (1 - distill) x contrastive + distill x distillation + feature_mse x squared distance (MobileCLIP, section 3;
     CLIP-KD), summed over the text sets.
     """
-    sets = list(batch.tokens)
     parts: dict[str, Tensor] = {}
 
     def add(name: str, value: Tensor) -> None:
         parts[name] = parts[name] + value if name in parts else value
 
-    for text_set, text in zip(sets, outputs["text"].chunk(len(sets)), strict=True):
+    for text_set, text in zip(batch.tokens, outputs.text["features"], strict=True):
         said = [
             TeacherPairs(batch.image_targets[name], batch.text_targets[text_set][name], facts.logit_scale)
             for name, facts in teachers.items()
         ]
-        losses = pair_losses(outputs["image"], text, outputs["logit_scale"], said)
+        losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, said)
         add("contrastive", losses.contrastive)
         if teachers:
             add("distill", losses.distill)
@@ -128,9 +155,10 @@ def batch_loss(
         loss = loss + config.distill * parts["distill"]
     if config.feature_mse:
         for name in teachers:
-            targets = torch.cat([batch.text_targets[text_set][name] for text_set in sets])
-            add("feature_mse", feature_mse(outputs[f"image/{name}"], batch.image_targets[name]) / len(teachers))
-            add("feature_mse", feature_mse(outputs[f"text/{name}"], targets) / len(teachers))
+            image, text = outputs.image[f"guess/{name}"], outputs.text[f"guess/{name}"]
+            targets = torch.stack([batch.text_targets[text_set][name] for text_set in batch.tokens])
+            add("feature_mse", feature_mse(image, batch.image_targets[name]) / len(teachers))
+            add("feature_mse", feature_mse(text, targets) / len(teachers))
         loss = loss + config.feature_mse * parts["feature_mse"]
     return loss, {name: value.detach() for name, value in parts.items()} | {"loss": loss.detach()}
 
@@ -159,70 +187,26 @@ def backward(
         for i, piece in enumerate(pieces):
             torch.manual_seed(seed + i)
             made.append(_forward(local, piece))
-    whole = _joined([piece.tokens for piece in pieces], made)
-    for features in whole.values():
-        features.requires_grad_()
-    loss, parts = loss_of(whole, _whole_batch(pieces))
+    features = [outputs.map(lambda x: x.detach().requires_grad_()) for outputs in made]
+    # Without its pixels, which are the largest part of a batch and no concern of the loss.
+    whole = Batch.cat([replace(piece, images=piece.images[:, :0]) for piece in pieces])
+    loss, parts = loss_of(Outputs.cat(features), whole)
     loss.backward()  # type: ignore[no-untyped-call]
-    for i, (piece, grads) in enumerate(zip(pieces, _split([p.tokens for p in pieces], whole), strict=True)):
+    for i, (piece, held) in enumerate(zip(pieces, features, strict=True)):
         torch.manual_seed(seed + i)
         with ExitStack() as stack:
             if isinstance(trainee, DistributedDataParallel) and i < len(pieces) - 1:
                 stack.enter_context(trainee.no_sync())
-            outputs = _forward(trainee, piece)
-            share = [(outputs[name] * grad).sum() for name, grad in grads.items()]
+            pairs = zip(_forward(trainee, piece).tensors, held.tensors, strict=True)
+            # Without a gradient, too: each output has to be in the graph that the ranks walk together.
+            share = [(x * (torch.zeros_like(x) if at.grad is None else at.grad)).sum() for x, at in pairs]
             torch.stack(share).sum().backward()  # type: ignore[no-untyped-call]
     return parts
 
 
 def _forward(trainee: Any, batch: Batch) -> Outputs:
-    outputs: Outputs = trainee(batch.images, torch.cat(list(batch.tokens.values())) if batch.tokens else None)
+    outputs: Outputs = trainee(batch.images, torch.stack(list(batch.tokens.values())) if batch.tokens else None)
     return outputs
-
-
-def _joined(tokens: list[dict[str, Tensor]], made: list[Outputs]) -> Outputs:
-    """Outputs of pieces as those of the whole batch: texts have to come set by set."""
-    num_sets = len(tokens[0])
-
-    def join(name: str) -> Tensor:
-        if name == "logit_scale":
-            return made[0][name].clone()
-        if name.startswith("image"):
-            return torch.cat([outputs[name] for outputs in made])
-        chunks = [outputs[name].chunk(num_sets) for outputs in made]
-        return torch.cat([piece[k] for k in range(num_sets) for piece in chunks])
-
-    return {name: join(name) for name in made[0]}
-
-
-def _split(tokens: list[dict[str, Tensor]], whole: Outputs) -> Iterator[Outputs]:
-    """The gradients of `_joined`'s outputs, piece by piece."""
-    num_sets, num_pieces = len(tokens[0]), len(tokens)
-    for i in range(num_pieces):
-        grads = {}
-        for name, features in whole.items():
-            grad = features.grad if features.grad is not None else torch.zeros_like(features)
-            if name == "logit_scale":
-                grads[name] = grad / num_pieces
-            elif name.startswith("image"):
-                grads[name] = grad.chunk(num_pieces)[i]
-            else:
-                grads[name] = torch.cat([part.chunk(num_pieces)[i] for part in grad.chunk(num_sets)])
-        yield grads
-
-
-def _whole_batch(pieces: list[Batch]) -> Batch:
-    first = pieces[0]
-    return Batch(
-        [key for piece in pieces for key in piece.keys],
-        torch.empty(0),  # the loss needs no pixels
-        {name: torch.cat([piece.tokens[name] for piece in pieces]) for name in first.tokens},
-        {name: torch.cat([piece.image_targets[name] for piece in pieces]) for name in first.image_targets},
-        {
-            text_set: {name: torch.cat([piece.text_targets[text_set][name] for piece in pieces]) for name in said}
-            for text_set, said in first.text_targets.items()
-        },
-    )
 
 
 @contextmanager

@@ -1,20 +1,19 @@
-"""ComKD-CLIP from a store, on a domain of ours: from a small CLIP to the table of its two modules.
+"""ComKD-CLIP from a store, with small models: how much does each of its two modules add?
 
 Command: python -m pipelines comkd [--data FOLDER]; FOLDER holds clothing_train and clothing_test, without it
-         the domain is the bundled emoji by Unicode block.
+         the domain is the bundled emoji, and their classes are the Unicode blocks.
 Machine: 2 CPU cores, no GPU.
 
-The recipe, pipelines/comkd.py, is for models of any size; what this journey changes for its protocol and its small ones
-is below.
+The recipe, pipelines/comkd.py, is for models of any size. This experiment changes what small models need.
 
-1. A CLIP teacher and a CLIP student learn from captions of the domain, the teacher longer; of the emoji the teacher is
-   the bundled one.
-2. The teacher's prompts learn the base classes, the first half, from 16 images each (`clip-train adapt`).
-3. The adapted teacher writes embeddings of every training image's views and the texts of all classes into a store.
-4. The student learns from the store, unlabelled images of all classes, with and without each module, by 3 seeds. What
-   varies with the seed is this step; teacher and store are the same for all.
+1. A CLIP teacher and a CLIP student learn from captions of the domain, the teacher for longer. For the emoji, the
+   teacher is the bundled one.
+2. The teacher's prompts learn the base classes (the first half of all) from 16 images each (`clip-train adapt`).
+3. The adapted teacher writes into a store: embeddings of every training image's views, and of the texts of all classes.
+4. The student learns from the store and from unlabelled images of all classes: with and without each module, with 3
+   seeds. Only this step varies with the seed; teacher and store are the same for all.
 
-A step that is done is not done again.
+Run again, it goes on where it stopped, and refuses trainings that were made with other settings.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import json
 import re
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ import torch
 
 from pipelines.comkd import CLASS_SET, TEACHER
 from pipelines.experiments import domains, steps
-from reinforce.config import ClassSet, Config, Recipe, Teacher, ViewSet
+from reinforce.config import ClassSet, Recipe, Teacher, ViewSet
 from reinforce.errors import ConfigError
 from train import students
 from train.comkd.adapt import adapt, load_adaptation
 from train.comkd.base_to_novel import base_to_novel
-from train.config import ComkdConfig, TrainConfig, load_training
+from train.config import ComkdConfig, load_training
 from train.evaluation.metrics import embed_classes, embed_images
 from train.evaluation.sets import EvalSet
 
@@ -45,7 +45,7 @@ GENTLE = ViewSet(view_px=64, scale=(0.5, 1.0), num_ops=0)
 SMALL_ADAPTATION = {"classes": "base", "num_tokens": 6, "views": GENTLE}
 SMALL = {"student": "mamba_tiny", "global_batch_size": 32, "precision": "fp32", "workers": 0, "report_to": []}
 STEPS = 600
-# What a CLIP to start from has in place of TRAINING's, and its length as a multiple of a student's.
+# Settings of the CLIPs to start from, over TRAINING's.
 FIRST_STUDENT = SMALL | {"comkd": None, "distill": 0.0, "lr": 7e-4, "fresh_views": VIEWS}
 FIRST_TEACHER = FIRST_STUDENT | {
     "student": TEACHER.removeprefix("local-dir:"),
@@ -53,7 +53,7 @@ FIRST_TEACHER = FIRST_STUDENT | {
     "lr": 5e-4,
     "fresh_views": GENTLE,
 }
-TEACHER_LENGTH = 8
+TEACHER_LENGTH = 8  # its training, as a multiple of a student's
 SHARP = 0.03
 
 SCORES = ("base", "novel", "hm", "top1")
@@ -63,14 +63,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines comkd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="folder with clothing_train and clothing_test; none: the emoji")
-    parser.add_argument("--out", type=Path, help="default: runs/comkd_clothing, runs/comkd_emoji")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of a variant")
+    parser.add_argument(
+        "--data", type=Path, help="folder with clothing_train and clothing_test (default: the bundled emoji)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder that is written (default: runs/comkd_clothing or runs/comkd_emoji)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per variant (default: 3)")
     parser.add_argument(
         "--steps",
         type=int,
         default=STEPS,
-        help=f"length of a student's training, and of the one before; the teacher's is {TEACHER_LENGTH} times as long",
+        help=f"of each training of the student (default: {STEPS}); the teacher's is {TEACHER_LENGTH} times as long",
     )
     parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, one thread each")
     parser.add_argument(
@@ -78,7 +82,7 @@ def main(argv: list[str]) -> None:
         action="append",
         default=[],
         metavar="NAME=SET",
-        help="another set with the same classes to test on, a folder in CLIP_benchmark's layout; may be repeated",
+        help="another test set with the same classes, a folder in CLIP_benchmark's layout; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
@@ -86,7 +90,7 @@ def main(argv: list[str]) -> None:
     more = {name: url for name, _, url in (text.partition("=") for text in options.eval)}
     if not all([*more, *more.values()]):
         raise ConfigError(f"--eval {' '.join(options.eval)}: write NAME=SET")
-    table = _Journey(options.data, out, options.steps, options.at_once, more).run(range(1, options.seeds + 1))
+    table = _Experiment(options.data, out, options.steps, options.at_once, more).run(range(1, options.seeds + 1))
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "table.md").write_text(markdown(table))
     print(json.dumps(table) if options.json else markdown(table))
@@ -95,8 +99,9 @@ def main(argv: list[str]) -> None:
 def variants(num_classes: int) -> dict[str, dict[str, Any]]:
     """What each row of the table changes.
 
-    With C as it is, the root of the width, the attention of unit features is flat: all classes weigh the same. SHARP is
-    a C at which they do not, before anything is learned. PromptKD's weight is 1000, of a KL over the classes' number.
+    With the default C, the square root of the width, the attention over unit features is flat: all classes have almost
+    the same weight. SHARP is a C at which they differ from the start. PromptKD's weight is 1000, for a KL divergence
+    that is divided by the number of classes.
     """
     return {
         "KL only": {"align": 0.0, "attention": False},
@@ -108,7 +113,7 @@ def variants(num_classes: int) -> dict[str, dict[str, Any]]:
     }
 
 
-class _Journey:
+class _Experiment:
     def __init__(self, data: Path | None, out: Path, num_steps: int, at_once: int, more: Mapping[str, str]) -> None:
         self.out, self.num_steps, self.at_once = out, num_steps, at_once
         self.training = load_training("comkd")
@@ -119,25 +124,24 @@ class _Journey:
         self.images, self.store = f"{self.domain.labelled}/train/*.tar", str(out / "store.zarr")
 
     def run(self, seeds: range) -> dict[str, Any]:
-        """Every step. Of what it gives, `rows` are scores by variant and evaluation set, a list over seeds."""
-        starts = {"student": self.training.but(**FIRST_STUDENT, steps=self.num_steps)}
+        """Run every step; gives the table. Its `rows` hold the scores of each seed, by variant and evaluation set."""
+        captioned = self.training.but(shards=self.domain.captioned)
+        starts = {"student": captioned.but(**FIRST_STUDENT, steps=self.num_steps)}
         if self.learns_teacher:
-            length = TEACHER_LENGTH * self.num_steps
-            starts["teacher"] = self.training.but(**FIRST_TEACHER, steps=length)
-        self._fit(starts, "a CLIP to start from", self.domain.captioned, None)
+            starts["teacher"] = captioned.but(**FIRST_TEACHER, steps=TEACHER_LENGTH * self.num_steps)
+        steps.fit_all(starts, self.out, "CLIPs to start from", self.at_once)
         adapted = self._adapt()
-        self._reinforce()
+        steps.write_store(self.images, self.store, self._recipe, workers=0)
         begun = self.out / "student/student"
         changes_of = variants(len(self.domain.classes))
+        own = SMALL | {"student": str(begun), "steps": self.num_steps, "eval_sets": self.sets}
+        from_store = self.training.but(**own, shards=self.images, store=self.store)
         runs = {
-            _slug(variant, seed): self.training.but(
-                **SMALL | {"student": str(begun), "steps": self.num_steps, "seed": seed, "eval_sets": self.sets},
-                comkd=ComkdConfig(class_set=CLASS_SET, **changes),
-            )
+            _slug(variant, seed): from_store.but(seed=seed, comkd=ComkdConfig(class_set=CLASS_SET, **changes))
             for seed in seeds
             for variant, changes in changes_of.items()
         }
-        reports = self._fit(runs, "students", self.images, self.store)
+        reports = steps.fit_all(runs, self.out, "students", self.at_once)
         rows = {"zero-shot student": {name: [found] for name, found in _zero_shot(begun, self.sets).items()}}
         for variant in changes_of:
             of_seeds = [reports[_slug(variant, seed)]["evaluated"] for seed in seeds]
@@ -158,32 +162,9 @@ class _Journey:
     def _prompts(self) -> Path:
         return self.out / "adapted/prompts.safetensors"
 
-    def _fit(
-        self, runs: Mapping[str, TrainConfig], title: str, shards: str, store: str | None
-    ) -> dict[str, dict[str, Any]]:
-        """The report of each training. Raises ConfigError where one was made before with other settings."""
-        todo = []
-        for name, config in runs.items():
-            asked = config.but(shards=shards, store=store)
-            report, saved = self.out / name / "report.json", self.out / name / "config.json"
-            if report.exists() and json.loads(saved.read_text())["config"] != asked.model_dump(mode="json"):
-                raise ConfigError(f"{self.out / name} was trained with other settings; give another --out")
-            command = ["train", "fit", "--recipe", _saved(config, self.out / f"{name}.json"), "--shards", shards]
-            command += ["--out", str(self.out / name)] + (["--store", store] if store else [])
-            todo.append((report, command))
-        steps.run(todo, title, self.at_once)
-        return {name: json.loads((self.out / name / "report.json").read_text()) for name in runs}
-
-    def _adapt(self) -> dict[str, Any]:
-        config = load_adaptation("comkd").but(
-            **SMALL_ADAPTATION, teacher=self._teacher, data=str(self.domain.labelled), eval_sets=self.sets
-        )
-        command = ["train", "adapt", config.data, "--recipe", _saved(config, self.out / "adapted.json")]
-        steps.run([(self._prompts, [*command, "--out", str(self._prompts)])], "prompts of the teacher")
-        return adapt(config, self._prompts)  # it is there: what it says of itself, if it was made with these settings
-
-    def _reinforce(self) -> None:
-        recipe = Recipe(
+    @property
+    def _recipe(self) -> Recipe:
+        return Recipe(
             name="comkd",
             teachers={"clip": self._teacher.but(prompts=str(self._prompts))},
             view_sets={"base": VIEWS},
@@ -191,8 +172,13 @@ class _Journey:
             num_original_captions=0,
             class_sets={CLASS_SET: ClassSet(classnames=tuple(self.domain.classes), templates=("{}.",))},
         )
-        command = ["reinforce", "run", self.images, "--store", self.store, "--workers", "0"]
-        steps.do([*command, "--recipe", _saved(recipe, self.out / "recipe.json")], self.out / "store.log")
+
+    def _adapt(self) -> dict[str, Any]:
+        config = load_adaptation("comkd").but(
+            **SMALL_ADAPTATION, teacher=self._teacher, data=str(self.domain.labelled), eval_sets=self.sets
+        )
+        job = {self._prompts.parent: partial(adapt, config, self._prompts)}
+        return steps.side_by_side(job, "prompts of the teacher", 1)[0]
 
 
 def _slug(variant: str, seed: int) -> str:
@@ -234,11 +220,5 @@ def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, flo
         eval_set = EvalSet(url)
         loaded = eval_set.load(student.preprocess_cfg)
         classes = embed_classes(student, eval_set.prompts or [], 256)
-        scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.said), classes)
+        scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.truth), classes)
     return scores
-
-
-def _saved(config: Config, path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.model_dump_json(indent=1) + "\n")
-    return str(path)

@@ -3,23 +3,21 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import webdataset
 from PIL import Image
 
-from pipelines.experiments import clothing
+from pipelines.experiments import bundled, clothing
+from pipelines.experiments.clothing import Labelled
 from reinforce.data import shards
-from reinforce.errors import ConfigError
 from train.evaluation.sets import write_classification_set
 
-MIN_SAMPLES = 20  # of a Unicode block to learn from
-MAX_TEST_SAMPLES = 40  # of a block to test with: half of all emoji are of one block
+MIN_SAMPLES = 20  # training images that a Unicode block needs to be a class
+MAX_TEST_SAMPLES = 40  # per class: half of all emoji are of one block
 COARSE_PX = 24
-SAMPLES = Path("samples")
-Labelled = tuple[str, bytes, str]  # key, JPEG, class
 
 
 @dataclass(frozen=True)
@@ -38,39 +36,27 @@ class Domain:
 
 def of_clothing(source: Path, out: Path) -> Domain:
     """Ten kinds of clothing (clothing.py). Raises ConfigError where the photographs are not there."""
-    tars = {part: sorted((source / f"clothing_{part}").glob("*.tar")) for part in ("train", "test")}
-    if not all(tars.values()):
-        raise ConfigError(f"{source}: no tars in clothing_train and clothing_test; say where they are with --data")
-
-    def read(part: str) -> list[Labelled]:
-        return [sample for tar in tars[part] for sample in clothing.read(tar)]
-
-    def write() -> None:
-        train = read("train")
-        classes = sorted({label for _, _, label in train})
-        texts = (clothing.TEMPLATE.format(label) for _, _, label in train)
-        _write(out, classes, train, texts, read("test"))
-
-    return _made(out, write)
+    photographs = clothing.read(source)
+    train = [sample for samples in photographs.train.values() for sample in samples]
+    texts = [clothing.TEMPLATE.format(label) for _, _, label in train]
+    return _written(out, photographs.classes, train, texts, photographs.test)
 
 
 def of_emoji(out: Path) -> Domain:
     """The bundled samples by the Unicode block of their first code point, blocks of MIN_SAMPLES and more.
 
-    Three training tars are learned from. The test is MAX_TEST_SAMPLES a block of the fourth and the held-out one.
+    Training images come from three training tars; test images from the fourth and the held-out one, at most
+    MAX_TEST_SAMPLES per class. Raises ConfigError where the samples are not there.
     """
-    tars = sorted((SAMPLES / "train").glob("*.tar"))
-
-    def write() -> None:
-        train = [sample for tar in tars[:-1] for sample in _emoji(tar)]
-        test = [sample for tar in (tars[-1], SAMPLES / "heldout/00000.tar") for sample in _emoji(tar)]
-        counts = Counter(block for (_, _, block), _ in train)
-        classes = sorted(block for block, num in counts.items() if num >= MIN_SAMPLES)
-        train = [(sample, text) for sample, text in train if sample[2] in classes]
-        tested = [s for name in classes for s in [s for s, _ in test if s[2] == name][:MAX_TEST_SAMPLES]]
-        _write(out, classes, [sample for sample, _ in train], (text for _, text in train), tested)
-
-    return _made(out, write)
+    samples = bundled()
+    *learned, last = sorted((samples / "train").glob("*.tar"))
+    train = [sample for tar in learned for sample in _emoji(tar)]
+    test = [sample for tar in (last, samples / "heldout/00000.tar") for sample, _ in _emoji(tar)]
+    counts = Counter(block for (_, _, block), _ in train)
+    classes = sorted(block for block, num in counts.items() if num >= MIN_SAMPLES)
+    train = [(sample, text) for sample, text in train if sample[2] in classes]
+    tested = [sample for name in classes for sample in [s for s in test if s[2] == name][:MAX_TEST_SAMPLES]]
+    return _written(out, classes, [sample for sample, _ in train], [text for _, text in train], tested)
 
 
 def _emoji(tar: Path) -> Iterable[tuple[Labelled, str]]:
@@ -78,15 +64,8 @@ def _emoji(tar: Path) -> Iterable[tuple[Labelled, str]]:
         yield (sample["__key__"], sample["jpg"], json.loads(sample["json"])["block"]), sample["txt"].decode()
 
 
-def _made(out: Path, write: Callable[[], None]) -> Domain:
-    domain = Domain(out / "labelled", f"{out}/captioned/*.tar", {name: out / name for name in SHIFTS})
-    if not (domain.labelled / "test/nshards.txt").is_file():
-        write()
-    return domain
-
-
-def _write(out: Path, classes: list[str], train: list[Labelled], captions: Iterable[str], test: list[Labelled]) -> None:
-    """The labelled set's test split is written last."""
+def _written(out: Path, classes: list[str], train: list[Labelled], captions: list[str], test: list[Labelled]) -> Domain:
+    """The domain in `out`. Every run writes it again, so that it always belongs to the source that was asked for."""
 
     def labelled(samples: list[Labelled], shift: str = "") -> Iterable[tuple[str, dict[str, bytes], int]]:
         for key, jpg, label in samples:
@@ -103,6 +82,7 @@ def _write(out: Path, classes: list[str], train: list[Labelled], captions: Itera
         write_classification_set(str(out / name), classes, templates, labelled(test, name))
     write_classification_set(str(out / "labelled"), classes, templates, labelled(train), 1000, split="train")
     write_classification_set(str(out / "labelled"), classes, templates, labelled(test))
+    return Domain(out / "labelled", f"{out}/captioned/*.tar", {name: out / name for name in SHIFTS})
 
 
 def _grey(picture: Image.Image) -> Image.Image:
@@ -117,6 +97,4 @@ SHIFTS = {"grey": _grey, "coarse": _coarse}
 
 
 def _shifted(jpg: bytes, shift: str) -> bytes:
-    file = io.BytesIO()
-    SHIFTS[shift](Image.open(io.BytesIO(jpg)).convert("RGB")).save(file, "JPEG", quality=92)
-    return file.getvalue()
+    return clothing.jpeg(SHIFTS[shift](Image.open(io.BytesIO(jpg)).convert("RGB")))

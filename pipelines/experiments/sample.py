@@ -1,4 +1,4 @@
-"""The bundled samples as a journey: their store, a student, and what the student is held to.
+"""The bundled samples from store to student, and what the student is compared with.
 
 Command: make train
 Machine: 2 CPU cores, no GPU; about 5 minutes.
@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.experiments import steps
+from pipelines.experiments import bundled, steps
+from reinforce.recipes import load_recipe
+from reinforce.terminal import typed
 from train import students
 from train.config import load_training
 from train.evaluation.metrics import evaluate
@@ -25,26 +27,25 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    training = load_training("sample")
     parser.add_argument(
-        "--student", default=load_training("sample").student, help=f"one of {', '.join(students.names())}, or a folder"
+        "--student", default=training.student, help=f"one of {', '.join(students.names())}, or a folder"
     )
     parser.add_argument("--store", default="stores/samples.zarr")
     parser.add_argument("--out", type=Path, help="folder that is written (default: runs/STUDENT)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     asked = parser.parse_args(argv)
+    bundled()
     students.find(asked.student)
     out: Path = asked.out or Path("runs") / Path(asked.student).name
-    print(f"the store {asked.store}: what is not there is written now", file=sys.stderr)
-    command = ["reinforce", "run", SHARDS, "--store", asked.store, "--recipe", "sample", "--workers", "2"]
-    steps.do(command, out / "reinforce.log")
-    fit = ["train", "fit", "--recipe", "sample", "--shards", SHARDS, "--store", asked.store, "--student", asked.student]
-    fit += ["--eval", f"heldout={HELDOUT}"]
-    runs = {"distilled": [], "contrastive": ["--set", "distill=0"]}
-    todo = [(out / n / "report.json", [*fit, "--out", str(out / n), *more]) for n, more in runs.items()]
-    steps.run(todo, f"{asked.student}, distilled and, to compare, from captions alone", at_once=2)
+    print(f"the store {asked.store}: what is missing is written now", file=sys.stderr)
+    steps.write_store(SHARDS, asked.store, load_recipe("sample"), workers=2)
+    training = training.but(shards=SHARDS, student=asked.student, store=asked.store, eval_sets={"heldout": HELDOUT})
+    runs = {"distilled": training, "contrastive": training.but(distill=0)}
+    reports = steps.fit_all(runs, out, f"{asked.student}, distilled and, to compare, from captions alone", at_once=2)
     found: dict[str, Any] = {
         "untrained": evaluate(students.create(asked.student), {"heldout": EvalSet(HELDOUT)})["heldout"],
-        **{name: json.loads((out / name / "report.json").read_text())["evaluated"]["heldout"] for name in runs},
+        **{name: report["evaluated"]["heldout"] for name, report in reports.items()},
     }
     print(json.dumps(found) if asked.json else _table(found, out))
 
@@ -55,7 +56,7 @@ def _table(found: dict[str, Any], out: Path) -> str:
     lines += [
         "",
         f"Student: {out}/distilled/student, an open_clip folder; curves: tensorboard --logdir {out}",
-        f"Next:    python -m train eval {out}/distilled/student heldout={HELDOUT}",
-        f"         python -m train export {out}/distilled/student {out}/export",
+        f"Next:    {typed('clip-train')} eval {out}/distilled/student heldout={HELDOUT}",
+        f"         {typed('clip-train')} export {out}/distilled/student {out}/export",
     ]
     return "\n".join(lines)

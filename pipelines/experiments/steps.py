@@ -1,52 +1,89 @@
-"""Commands of the project as steps of a journey: side by side, one thread each, what each says in a file of its own."""
+"""Steps of an experiment: trainings side by side, and the writing of a store.
 
-import os
-import subprocess
+No step remembers that it was done. Each looks at what is there, refuses what was made with other settings, and returns
+at once where nothing is left to do.
+"""
+
+import multiprocessing
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
-from reinforce.errors import ReinforceError
+from reinforce.config import Recipe, RunOptions
+from reinforce.errors import ConfigError, ReinforceError
+from reinforce.run import driver
+from train.config import TrainConfig
+from train.trainer import fit
 
-Step = tuple[Path, list[str]]  # the file that is there when it is done; what follows `python -m`
+LOG = "log.txt"
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload([__name__])  # torch is imported once, and not by every training
+T = TypeVar("T")
 
 
 class StepFailed(ReinforceError):
-    """A command of a journey ended with an error; its own words are in the message."""
+    """A step of an experiment ended without its result."""
 
 
-def run(steps: Sequence[Step], title: str, at_once: int = 1) -> None:
-    """Run those steps whose file is not there. Raises StepFailed with the last lines of the first that fails."""
-    todo = [step for step in steps if not step[0].exists()]
-    print(f"{title}: {len(todo) or 'none'} of {len(steps)} to do", file=sys.stderr)
-    with (
-        ThreadPoolExecutor(at_once) as pool,
-        tqdm(total=len(todo), unit="step", disable=not sys.stderr.isatty()) as bar,
-    ):
-        ended = pool.map(lambda step: do(step[1], step[0].parent / "log.txt"), todo)
+def fit_all(trainings: Mapping[str, TrainConfig], out: Path, title: str, at_once: int) -> dict[str, dict[str, Any]]:
+    """The report of each training, by its name; `out/NAME` is its folder. Raises what `train.trainer.fit` does, and
+    ConfigError where a finished training was not evaluated on a set that is asked for now."""
+    reports = side_by_side({out / name: partial(fit, c, out / name) for name, c in trainings.items()}, title, at_once)
+    for name, report in zip(trainings, reports, strict=True):
+        if missing := trainings[name].eval_sets.keys() - report["evaluated"].keys():
+            raise ConfigError(
+                f"{out / name} is finished and was not evaluated on {', '.join(sorted(missing))}; give another --out"
+            )
+    return dict(zip(trainings, reports, strict=True))
+
+
+def side_by_side(jobs: Mapping[Path, Callable[[], T]], title: str, at_once: int) -> list[T]:
+    """What each job returns, in their order. Each runs in a process of its own, on one thread, and what it prints goes
+    into `log.txt` in its folder. After the first that fails no other is begun. Raises what the job raises."""
+    print(f"{title}: {len(jobs)}; what each prints is in {LOG} of its folder", file=sys.stderr)
+    results = []
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), disable=not sys.stderr.isatty()) as bar:
         try:
-            for i, _ in enumerate(ended):
+            for folder, result in zip(jobs, pool.map(_alone, jobs, jobs.values()), strict=True):
+                results.append(result)
                 bar.update()
                 if bar.disable:
-                    print(f"  {i + 1}/{len(todo)} {todo[i][0].parent}", file=sys.stderr)
+                    print(f"  {len(results)}/{len(jobs)} {folder}", file=sys.stderr)
         finally:
             pool.shutdown(cancel_futures=True)
+    return results
 
 
-def do(command: list[str], log: Path) -> None:
-    """Run `python -m COMMAND` on one thread, what it says in `log`. Raises StepFailed."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        ended = subprocess.run(
-            [sys.executable, "-m", *command],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-    if ended.returncode:
-        last = "\n".join(log.read_text().splitlines()[-5:])
-        raise StepFailed(f"`python -m {' '.join(command)}` ended with {ended.returncode}: {last}\nAll is in {log}")
+def write_store(shards: str, store: str, recipe: Recipe, workers: int) -> None:
+    """Reinforce `shards` into `store`. Raises what `reinforce.run.driver.run` does, StepFailed where a shard failed."""
+    with redirect_stdout(sys.stderr):  # Ray prints on stdout, which is for the table
+        report = driver.run(shards, store, recipe, RunOptions(workers=str(workers)))
+    if report.failed:
+        first = report.failed[0]
+        raise StepFailed(f"{len(report.failed)} shards failed; of {first.shard} it says: {first.reason}")
+
+
+def _alone(folder: Path, job: Callable[[], T]) -> T:
+    try:
+        with ProcessPoolExecutor(1, FORK_SERVER) as process:
+            return process.submit(_logged, folder, job).result()
+    except BrokenProcessPool:
+        raise StepFailed(
+            f"{folder}: its process was killed, perhaps for want of memory; {folder / LOG} holds what it printed. "
+            "Run the same command again to go on"
+        ) from None
+
+
+def _logged(folder: Path, job: Callable[[], T]) -> T:
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        return job()

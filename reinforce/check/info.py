@@ -8,12 +8,12 @@ import numpy as np
 
 from reinforce.config import Recipe
 from reinforce.data.shards import Status
-from reinforce.store.manifest import CLASSES, class_columns, columns
+from reinforce.store.columns import CLASSES, KEY, STATUS, Column, class_columns, columns
 from reinforce.store.store import Store
 
 
-def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
-    """Every group with the columns it has to have: the class texts', then each shard's."""
+def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[Column]]]:
+    """Every group with the columns that it must have: the class texts', then each shard's."""
     if recipe.class_sets:
         yield CLASSES, class_columns(recipe)
     for shard in store.shards():
@@ -32,15 +32,15 @@ def info(url: str) -> dict[str, Any]:
         absent = store.missing(group, wanted)
         missing += [f"{group}/{column}" for column in absent]
         present = [column for column in wanted if column not in absent]
-        if "status" in present:
-            statuses = store.read(group, "status")
+        if STATUS in present:
+            statuses = store.read(group, STATUS)
             samples += len(statuses)
             valid += int((statuses == Status.GOOD).sum())
             quarantined.update(Status(int(status)).reason for status in statuses if status != Status.GOOD)
         for column in present:
             size = store.stored_bytes(group, column)
             total += size
-            if column.rsplit("/", 1)[-1] in recipe.teachers:
+            if column.teacher:
                 stored += size
                 raw += 2 * int(np.prod(store.open_array(group, column).shape))
     return {
@@ -54,11 +54,7 @@ def info(url: str) -> dict[str, Any]:
         "quarantined": dict(sorted(quarantined.items())),
         "view_sets": {n: {"views": v.num_views, "teachers": [*recipe.teachers]} for n, v in recipe.view_sets.items()},
         "text_sets": {
-            name: {"captions": num, "teachers": [*recipe.teachers]}
-            for name, num in [
-                *([("original", recipe.num_original_captions)] if recipe.num_original_captions else []),
-                *((name, captioner.num_captions) for name, captioner in recipe.captioners.items()),
-            ]
+            name: {"captions": num, "teachers": [*recipe.teachers]} for name, num in recipe.text_sets.items()
         },
         "class_sets": {
             name: {"classes": len(c.classnames), "templates": len(c.templates), "teachers": [*recipe.teachers]}
@@ -74,7 +70,7 @@ def quarantine(url: str) -> Iterator[dict[str, str]]:
     store = Store(url)
     store.promised()
     for shard in store.shards():
-        if store.has(shard, "key") and store.has(shard, "status"):
-            for key, status in zip(store.read(shard, "key"), store.read(shard, "status"), strict=True):
+        if not store.missing(shard, [KEY, STATUS]):
+            for key, status in zip(store.read(shard, KEY), store.read(shard, STATUS), strict=True):
                 if status != Status.GOOD:
                     yield {"shard": shard, "key": str(key), "reason": Status(int(status)).reason}

@@ -1,4 +1,4 @@
-"""The replay proof: views made again from the tars, and held against what the store says of them."""
+"""The replay proof: views are made again from the tars and compared with what the store holds of them."""
 
 import logging
 import random
@@ -15,7 +15,8 @@ from reinforce.config import Recipe
 from reinforce.data import augment, images, shards
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, MissingExtra
-from reinforce.store.manifest import Manifest, columns
+from reinforce.store.columns import KEY, STATUS, Column, columns
+from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class _Ask:
     set_name: str
     index: int
 
-    def column(self, part: str) -> str:
-        return f"view/{self.set_name}/{part}"
+    def column(self, part: str) -> Column:
+        return Column("view", self.set_name, part)
 
 
 def replay(store: Store, manifest: Manifest, listed: list[Shard], num: int, device: str) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class _View:
 def _again(
     store: Store, recipe: Recipe, shard: Shard, asks: list[_Ask], teachers: dict[str, "Teacher"]
 ) -> Iterator[_View]:
-    keys = store.read(shard.name, "key")
+    keys = store.read(shard.name, KEY)
     parts = ("augment", "pixels", *teachers)
     wanted = {(ask.column(part), ask.index) for ask in asks for part in parts}
     stored = {(column, index): store.read(shard.name, column, index) for column, index in wanted}
@@ -96,7 +97,7 @@ def _again(
 def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[str, list[_Ask]]:
     """`num` views spread over all shards, samples, sets and indices; the same ones each time."""
     whole = [name for name in names if not store.missing(name, columns(recipe))]
-    good = {name: np.flatnonzero(store.read(name, "status") == Status.GOOD) for name in whole}
+    good = {name: np.flatnonzero(store.read(name, STATUS) == Status.GOOD) for name in whole}
     places = [(name, int(row)) for name in whole for row in good[name]]
     kinds = [(set_name, index) for set_name, v in recipe.view_sets.items() for index in range(v.num_views)]
     total = len(places) * len(kinds)
@@ -110,8 +111,10 @@ def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[st
 
 def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Teacher"]:
     """The teachers that are at hand and are those of the manifest; pixels alone can be compared without them."""
+    from reinforce.models.device import pick_device
+
+    where = pick_device(device)
     try:
-        from reinforce.models.open_clip import pick_device
         from reinforce.models.teacher import Teacher
     except MissingExtra as error:
         log.warning("cosines are left out: %s", error)
@@ -119,7 +122,7 @@ def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Tea
     teachers = {}
     for name, config in recipe.teachers.items():
         try:
-            teacher = Teacher(config, recipe.batch_size, pick_device(device), recipe.random_seed)
+            teacher = Teacher(config, recipe.batch_size, where, recipe.random_seed)
         except ConfigError as error:
             log.warning("teacher %s is not at hand, its cosine is left out: %s", name, error)
             continue

@@ -1,4 +1,4 @@
-"""Reads a store and doubts it: are all columns there, whole and sane, and do the views come back from the tars?"""
+"""Checks a store: are all columns there, whole and plausible, and can its views be made again from the tars?"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from reinforce.config import Recipe
 from reinforce.data import shards
 from reinforce.data.shards import Status
 from reinforce.errors import ConfigError, Corrupt
-from reinforce.store.manifest import CLASSES
+from reinforce.store.columns import STATUS, Column
 from reinforce.store.store import Store
 
 _NORM_TOLERANCE = 0.01  # a unit vector rounded to bfloat16 stays well inside
@@ -42,10 +42,15 @@ class VerifyReport:
 def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto") -> VerifyReport:
     """Check every column of every group; with `num_replays`, replay so many views from the shards `patterns` names.
 
-    Raises ConfigError where a replay is asked for and the shards are not given or are not those of the store.
+    Raises ConfigError where a replay is asked for and the shards are not given or are not those of the store, and where
+    `device` is not on this machine.
     """
     if num_replays and not patterns:
         raise ConfigError("--replay needs the shards the store was made from: --shards 'dir/{00000..00003}.tar'")
+    if device == "cuda":  # a missing GPU is an error now, and not after hours of reading
+        from reinforce.models.device import pick_device  # loads torch
+
+        pick_device(device)
     store = Store(url)
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
@@ -61,8 +66,8 @@ def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto
     return report
 
 
-def _faults(store: Store, group: str, present: list[str], recipe: Recipe) -> Iterator[tuple[str, str]]:
-    good: np.ndarray | None = None
+def _faults(store: Store, group: str, present: list[Column], recipe: Recipe) -> Iterator[tuple[Column, str]]:
+    good: np.ndarray | None = None  # of the rows, those that hold a sample; known from the column `status` on
     for column in present:
         try:
             store.check(group, column)
@@ -70,17 +75,16 @@ def _faults(store: Store, group: str, present: list[str], recipe: Recipe) -> Ite
         except Corrupt as error:
             yield column, str(error)
             continue
-        if column == "status":
+        if column.kind == "class":
+            good = np.ones(len(recipe.class_sets[column.set].classnames), bool)
+        elif column == STATUS:
             good = array == Status.GOOD
-        if group == CLASSES:
-            rows, good = array, np.ones(len(recipe.class_sets[column.split("/")[0]].classnames), bool)
-        elif good is None or column in ("key", "status"):
+        if good is None:
             continue
-        else:
-            rows = array if column == "size" else array.swapaxes(0, 1)
+        rows = array.swapaxes(0, column.row_axis)
         if len(rows) != len(good):
-            yield column, f"{len(rows)} rows, {'the manifest' if group == CLASSES else 'status'} has {len(good)}"
-        elif column.rsplit("/", 1)[-1] in recipe.teachers:
+            yield column, f"{len(rows)} rows, {'the manifest' if column.kind == 'class' else 'status'} has {len(good)}"
+        elif column.teacher:
             norms = np.linalg.norm(rows[good].astype(np.float32), axis=-1)
             if not np.all(np.abs(norms - 1) < _NORM_TOLERANCE):
                 yield column, "embeddings of good samples that are not unit vectors"

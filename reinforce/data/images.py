@@ -1,12 +1,11 @@
 """Bytes of an image in, RGB pixels out; or the reason why not.
 
 Pillow's readers are called by name and not through `Image.open`, which hides why a file was refused, takes formats that
-nobody asked for, and warns of size before one can look at it.
+nobody asked for, and warns of an image's size before one can look at it.
 """
 
 import io
 import struct
-import warnings
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -14,6 +13,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from reinforce import process
 from reinforce.data.shards import Status
 from reinforce.errors import SampleError
 
@@ -31,9 +31,7 @@ _TRANSPOSE = {
 # What Pillow raises on broken bytes; found by fuzzing. Not MemoryError: that is no fault of the image.
 _FAULTS = (OSError, SyntaxError, ValueError, IndexError, AssertionError, struct.error)
 
-# Pillow warns of odd metadata, which is no fault of the pixels. For the whole process, since `catch_warnings` is not
-# thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+process.pillow_without_warnings()
 
 
 def decode(image: bytes) -> Image.Image:
@@ -42,7 +40,7 @@ def decode(image: bytes) -> Image.Image:
     Takes JPEG, PNG and WebP, known by their bytes. Raises SampleError for all that cannot be shown whole.
     """
     reader = _reader(image)
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # where a library has set it, half an image passes for a whole one
+    process.pillow_without_half_images()
     try:
         picture = reader(io.BytesIO(image))
         if picture.width * picture.height > MAX_PIXELS:

@@ -138,7 +138,7 @@ def read(shard: Shard, captioned: bool = True) -> Iterator[Sample]:
         try:
             if key in seen:
                 raise SampleError(
-                    Status.DUPLICATE_KEY, f"{key}: comes again; give each sample one key, its files side by side"
+                    Status.DUPLICATE_KEY, f"{key}: comes twice; give each sample one key, its files side by side"
                 )
             sample = Sample(key, _image(key, parts), _captions(key, parts) if captioned else ())
         except SampleError as error:
@@ -250,7 +250,7 @@ def _captions(key: str, parts: dict[str, bytes]) -> tuple[str, ...]:
     if captions:
         return captions
     if fault:
-        raise SampleError(Status.CAPTION_JSON_BROKEN, f"{key}.json: {fault}; mend it, or add .txt")
+        raise SampleError(Status.CAPTION_JSON_BROKEN, f"{key}.json: {fault}; repair it, or add .txt")
     if texts:
         raise SampleError(Status.EMPTY_CAPTION, f"{key}: its captions are empty; fill or remove them")
     raise SampleError(Status.MISSING_CAPTION, f"{key}: has no .txt, and no captions in .json; add one")

@@ -1,11 +1,7 @@
-"""An open_clip model, loaded, checked, and named by a digest of its weights.
-
-Teachers and captioners are both of this kind.
-"""
+"""An open_clip model, loaded, checked, and named by a digest of its weights. Teachers and captioners are both one."""
 
 import contextlib
 import hashlib
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reinforce.config import Model, Teacher
+from reinforce import process
+from reinforce.config import Model
 from reinforce.errors import ConfigError
-from reinforce.models import prompts
 from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.pixels import Normaliser
+from reinforce.models.prompts import Prompts
 
 SCHEMAS = ("local-dir:", "hf-hub:")
 
@@ -27,37 +25,39 @@ class FrozenModel:
     Raises ConfigError where model, weights and preprocessing do not belong together.
     """
 
-    def __init__(self, config: Model, device: torch.device, random_seed: int | None = None) -> None:
-        """`random_seed`: initialise the architecture from it and read no weights."""
+    def __init__(
+        self,
+        config: Model,
+        device: torch.device,
+        random_seed: int | None = None,
+        preprocess: dict[str, Any] = {},
+    ) -> None:
+        """`random_seed`: initialise the architecture from it and read no weights. `preprocess`: a `mean` or `std` in
+        place of the one that comes with the weights."""
         self.device = device
         self.precision = config.precision
         if config.precision == "auto":
             self.precision = "bf16" if device.type == "cuda" else "fp32"
         _check(config, random_seed)
-        self.model = _create(config, random_seed)
+        self.model = _create(config, random_seed, preprocess)
         self.weights = "random" if random_seed is not None else "pretrained"
         self.digest = weights_digest(self.model)
-        self.prompts: prompts.Prompts | None = None
-        if isinstance(config, Teacher) and config.prompts:
-            loaded = prompts.load(Path(config.prompts), config.model, self.digest)
-            self.take(loaded.requires_grad_(False).to(device))
-            self.digest = hashlib.sha256(f"{self.digest} {loaded.digest()}".encode()).hexdigest()
+        self.prompts: Prompts | None = None
         self.model.eval().requires_grad_(False).to(device)
         self.tokenizer = get_tokenizer(config.model)
         self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
         self.image_px = _square(config, self.preprocess_cfg["size"])
-        self._mean, self._std = (
-            torch.tensor(self.preprocess_cfg[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std")
-        )
+        self._normaliser = Normaliser(self.preprocess_cfg).to(device)
 
-    def take(self, added: prompts.Prompts) -> None:
+    def take(self, added: Prompts) -> None:
         """Let both towers see prompts, and texts make room for them. Raises ConfigError where they do not fit."""
         added.attach(self.model)
         self.prompts = added
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on any device -> float32 (B, 3, H, W) on the model's, in the units it was trained in."""
-        return (pixels.to(self.device).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+        normalised: Tensor = self._normaliser(pixels.to(self.device).permute(0, 3, 1, 2))
+        return normalised
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """n texts -> token ids (n, T), with room for the prompts where there are some. Long texts are cut."""
@@ -99,7 +99,10 @@ def _check(config: Model, random_seed: int | None) -> None:
             raise ConfigError(f"{config.model} brings its own weights; remove pretrained={config.pretrained}")
         folder = config.model.removeprefix("local-dir:")
         if config.model.startswith("local-dir:") and not Path(folder, "open_clip_config.json").is_file():
-            raise ConfigError(f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder")
+            raise ConfigError(
+                f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder. Paths are "
+                "relative to where you run; the bundled models are in samples/ of a checkout of this project"
+            )
         return
     if config.model not in open_clip.list_models():
         raise ConfigError(
@@ -126,16 +129,14 @@ def _check_activation(config: Model, weights_quick_gelu: bool) -> None:
         )
 
 
-def _create(config: Model, random_seed: int | None) -> Any:
+def _create(config: Model, random_seed: int | None, given: dict[str, Any]) -> Any:
     preprocess: dict[str, Any] = {}
     if random_seed is not None and config.pretrained:
         tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
         preprocess = {k: tag[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in tag}
-    if isinstance(config, Teacher):
-        preprocess |= {k: v for k, v in (("mean", config.image_mean), ("std", config.image_std)) if v}
     if random_seed is not None:
         torch.manual_seed(random_seed)
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    process.timm_without_warnings()
     try:
         model = open_clip.create_model(
             config.model,
@@ -143,7 +144,7 @@ def _create(config: Model, random_seed: int | None) -> Any:
             load_weights=random_seed is None,
             require_pretrained=random_seed is None,
             pretrained_text=False,
-            force_preprocess_cfg=preprocess,
+            force_preprocess_cfg=preprocess | given,
         )
     except (RuntimeError, ValueError, OSError) as error:  # what open_clip raises for files it cannot get, read or fit
         raise ConfigError(f"{config.model},{config.pretrained} cannot be loaded: {error}") from error

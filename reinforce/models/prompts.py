@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, Corrupt
 from reinforce.models import tensorfile
 from reinforce.models.open_clip import open_clip
 
@@ -164,13 +163,11 @@ def load(path: Path, model: str, weights_sha256: str) -> Prompts:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"prompts {path} cannot be read: {error}; make them with: python -m train adapt") from error
+        tensors, metadata = tensorfile.load(path)
+    except Corrupt as error:
+        raise ConfigError(f"prompts {error}; make them with: clip-train adapt") from error
     if metadata.get("kind") != _KIND:
-        raise ConfigError(f"{path} holds no prompts; make them with: python -m train adapt")
+        raise ConfigError(f"{path} holds no prompts; make them with: clip-train adapt")
     return metadata, tensors
 
 

@@ -1,5 +1,7 @@
 """K frozen CLIP models: images or texts in, unit embeddings out, one array per teacher."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +12,22 @@ from torch import Tensor
 
 from reinforce.config import ClassSet
 from reinforce.config import Teacher as TeacherConfig
+from reinforce.models import prompts
 from reinforce.models.frozen import FrozenModel
+
+
+def load_teacher(config: TeacherConfig, device: torch.device, random_seed: int | None = None) -> FrozenModel:
+    """A teacher's model: with the preprocessing that its settings give, and adapted where they name prompts.
+
+    Raises ConfigError where model, weights, preprocessing and prompts do not belong together.
+    """
+    given = {"mean": config.image_mean, "std": config.image_std}
+    frozen = FrozenModel(config, device, random_seed, {name: value for name, value in given.items() if value})
+    if config.prompts:
+        added = prompts.load(Path(config.prompts), config.model, frozen.digest)
+        frozen.take(added.requires_grad_(False).to(device))
+        frozen.digest = hashlib.sha256(f"{frozen.digest} {added.digest()}".encode()).hexdigest()
+    return frozen
 
 
 class Teacher:
@@ -20,7 +37,7 @@ class Teacher:
     def __init__(
         self, config: TeacherConfig, batch_size: int, device: torch.device, random_seed: int | None = None
     ) -> None:
-        self.frozen = FrozenModel(config, device, random_seed)
+        self.frozen = load_teacher(config, device, random_seed)
         self.batch_size = batch_size
         self.logit_scale = float(self.frozen.model.logit_scale.exp())
         self.width = self.encode_texts([""]).shape[1]

@@ -1,4 +1,4 @@
-"""What the models eat: a shard as batches of decoded pictures, a batch as views, made ahead of need in threads."""
+"""What the models take: a shard as batches of decoded pictures, a batch as views, made ahead of need in threads."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -68,7 +68,7 @@ def batches(shard: Shard, rows: Rows, batch_size: int, captioned: bool, pool: Ex
 def views(
     batch: Batch, view_set: ViewSet, set_name: str, seed: int, sides: Iterable[int], pool: Executor
 ) -> Iterator[View]:
-    """The views of a batch, one index after the other, each replayed at every side that somebody needs."""
+    """The views of a batch, one index after the other, each replayed at every size that a model needs."""
 
     def make(sample: Sample, picture: Image.Image, index: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         size = (picture.height, picture.width)

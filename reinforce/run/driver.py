@@ -1,4 +1,4 @@
-"""A run: what is missing is handed out, what comes back is counted.
+"""A run: shards that the store lacks are handed out to workers, and their reports are counted.
 
 The store is the only record of progress, so a driver can be killed and started again; it finds what is missing and
 goes on.
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard, expand
 from reinforce.errors import ConfigError
+from reinforce.progress import Progress
 from reinforce.run.on_ray import Crew
-from reinforce.run.progress import Progress
 from reinforce.run.reports import RunReport, ShardReport
-from reinforce.store.manifest import CLASSES, class_columns, columns
+from reinforce.store.columns import CLASSES, class_columns, columns
 from reinforce.store.store import Store
 
 if TYPE_CHECKING:
@@ -41,12 +41,14 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     todo = [shard for shard, is_missing in zip(listed, missing, strict=True) if is_missing]
     report = RunReport(store_url, len(listed), len(listed) - len(todo))
     if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
+        if not os.environ.get("RAY_ADDRESS"):
+            options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
         crew = Crew(store_url, recipe, options, low, high) if high and todo else None
         answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options)
-        with Progress(len(todo)) as progress:
+        with Progress(len(todo), "shard") as progress:
             for shard_report, attempts in answers:
-                progress.add(shard_report)
                 report.add(shard_report, attempts)
+                progress.add(report.phrase(progress.seconds))
         report.workers_lost = crew.num_lost if crew else 0
     store.sweep({shard.name for shard in listed})
     report.seconds = time.monotonic() - start
@@ -74,7 +76,7 @@ def _tried(worker: "Worker", shard: Shard, attempts: int) -> tuple[ShardReport, 
 def _worker_range(options: RunOptions) -> tuple[int, int]:
     """`N`, `MIN:MAX` or `auto` -> (low, high); high is 0 for no Ray."""
     if options.workers == "auto":
-        return (1, 1_000_000) if os.environ.get("RAY_ADDRESS") else (1, max(1, _local_devices(options)))
+        return (1, 1_000_000) if os.environ.get("RAY_ADDRESS") else (1, _num_local_devices(options))
     low, colon, high = options.workers.partition(":")
     if not low.isdigit() or (colon and not high.isdigit()):
         raise ConfigError(f"--workers {options.workers}: write a number, MIN:MAX, auto, or 0 for no Ray")
@@ -84,9 +86,14 @@ def _worker_range(options: RunOptions) -> tuple[int, int]:
     return bounds
 
 
-def _local_devices(options: RunOptions) -> int:
+def _local_device(options: RunOptions) -> str:
+    """`cuda` or `cpu`. Raises ConfigError where this machine does not have what was asked for."""
+    from reinforce.models.device import pick_device  # loads torch: not for a run that finds nothing to do
+
+    return pick_device(options.device).type
+
+
+def _num_local_devices(options: RunOptions) -> int:
     import torch
 
-    if options.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return os.cpu_count() or 1
+    return torch.cuda.device_count() if _local_device(options) == "cuda" else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 Names of shards and counts travel through Ray, never pixels or embeddings, so that its object store stays empty.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, ManifestMismatch, MissingExtra, ReinforceError
@@ -19,7 +21,7 @@ from reinforce.run.reports import ShardReport
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 1.0  # how often the crew is looked over when nothing happens
+_TICK_S = 1.0  # how often the crew is checked when nothing happens
 _PATIENCE_S = 60.0  # without any worker for so long, say so
 _MAX_FAILED_STARTS = 3  # workers in a row that died before they were ready
 
@@ -48,29 +50,47 @@ class _Member:
 
 
 class Crew:
-    """Between `low` and `high` actors. A lost one costs the shards it held another try, and is replaced."""
+    """Between `low` and `high` actors. One that is lost is replaced, and its shards are tried again."""
 
     def __init__(self, store_url: str, recipe: Recipe, options: RunOptions, low: int, high: int) -> None:
-        self.arguments = (recipe, _absolute(store_url), options, str(Path.cwd()))
+        self.recipe, self.store_url = recipe, _absolute(store_url)
         self.options, self.low, self.high = options, low, high
         self.members: list[_Member] = []
         self.num_lost = 0
         self._failed_starts = 0
 
     def reinforce(self, todo: list[Shard]) -> Iterator[tuple[ShardReport, int]]:
-        """Each shard's last report and its number of tries, as they come."""
+        """Each shard's last report and its number of tries, as they come.
+
+        Raises ConfigError before any worker starts where the cluster has no GPU and one was asked for.
+        """
         self.ray = _ray(self.high)
-        on_gpu = self.options.device == "cuda" or (
-            self.options.device == "auto" and self.ray.cluster_resources().get("GPU", 0) >= 1
-        )
-        self.needs = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
-        self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
         self.queue = deque(todo)
         self.tries: Counter[str] = Counter()
         try:
+            device = self._device()
+            self.needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
+            self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
+            # The device and not `auto`: a worker with a GPU that its torch cannot use must fail, not go on without it.
+            self.arguments = (self.recipe, self.store_url, self.options.but(device=device), str(Path.cwd()))
             yield from self._rounds(len(todo))
         finally:
             self.ray.shutdown()
+
+    def _device(self) -> str:
+        """`cuda` or `cpu`, the same for all workers, decided by what the cluster has now. Ray has no public way to ask
+        whether a cluster can grow, and on one that cannot, a run would wait for a GPU for ever."""
+        has = self.ray.cluster_resources()
+        if has.get("GPU", 0) >= 1:
+            return "cuda" if self.options.device == "auto" else self.options.device
+        if self.options.device == "cuda":
+            where = f"the cluster at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
+            raise ConfigError(
+                f"device cuda was asked for, and Ray finds no GPU: {where} has {has.get('CPU', 0):g} CPUs "
+                f"(nodes: {len(self.ray.nodes())}); ask for cpu, or add a node with a GPU. A cluster that grows on "
+                "demand needs one GPU node when the run starts (KubeRay: minReplicas: 1)"
+            )
+        return "cpu"
 
     def _rounds(self, num_left: int) -> Iterator[tuple[ShardReport, int]]:
         waiting_since = time.monotonic()
@@ -89,7 +109,7 @@ class Crew:
                 waiting_since = time.monotonic()
 
     def _hire(self, num_left: int) -> None:
-        """As many actors as are demanded, and more while the cluster has room for them at once."""
+        """As many actors as the run asks for, and more while the cluster has room for them at once."""
         wanted = min(self.low, num_left)
         if len(self.members) < min(self.high, num_left) and not any(m.loading for m in self.members):
             wanted = max(wanted, min(self.high, num_left, len(self.members) + self._free()))
@@ -155,8 +175,7 @@ class Crew:
 
 def _ray(num_workers: int) -> Any:
     """Ray, connected: to RAY_ADDRESS where it is set, else to a private one on this machine, never a remembered one."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    process.ray_environment()
     try:
         import ray
     except ImportError:
@@ -164,11 +183,14 @@ def _ray(num_workers: int) -> Any:
             "Ray is not installed: pip install 'clip-reinforce[reinforce]', or use --workers 0 to work without it"
         ) from None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    # Ray puts the folder where it is started first on its workers' module path, and there a user's own train.py would
+    # stand in the way of our package. Started in the folder of our packages, workers find the code of the driver.
+    with contextlib.chdir(Path(__file__).parents[2]):
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     return ray
 
 

@@ -56,3 +56,8 @@ class RunReport:
         self.valid += report.valid
         self.empty_captions += report.empty_captions
         self.quarantined = dict(sorted((Counter(self.quarantined) + Counter(report.quarantined)).items()))
+
+    def phrase(self, seconds: float) -> str:
+        """What a run's progress says after so many seconds of work."""
+        rate = self.samples / max(seconds, 1e-9)
+        return f"{self.samples} samples, {rate:.1f} samples/s, {len(self.failed)} failed"

@@ -12,16 +12,18 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from reinforce.config import Recipe, RunOptions
+from reinforce import process
+from reinforce.config import ORIGINAL, Recipe, RunOptions
 from reinforce.data import augment
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ShardError
 from reinforce.models.captioner import Captioner
-from reinforce.models.open_clip import pick_device
+from reinforce.models.device import pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
-from reinforce.store.manifest import CLASSES, Manifest, class_columns, columns
+from reinforce.store.columns import CLASSES, KEY, SIZE, STATUS, Column, class_columns, columns
+from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
 
 
@@ -35,7 +37,7 @@ class Worker:
         """
         device = pick_device(options.device)
         if device.type == "cpu":
-            torch.set_num_threads(recipe.cpu_threads)
+            process.torch_threads(recipe.cpu_threads)
         self.recipe, self.options, self.store = recipe, options, Store(store_url)
         self.teachers = {
             name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
@@ -52,12 +54,12 @@ class Worker:
         self.store.promise(Manifest.of(recipe, described))
         self._models = threading.Lock()
         for column in self.store.missing(CLASSES, class_columns(recipe)):
-            self._commit_classes(*column.split("/"))
+            self._commit_classes(column)
 
     def reinforce(self, shard: Shard) -> ShardReport:
         """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
 
-        A tar that is broken is told in the report. Raises OSError where reading or writing failed and may yet succeed.
+        Of a tar that is broken, the report says what is wrong. Raises OSError where another try may succeed.
         """
         start = time.monotonic()
         work = _ShardWork(self, shard)
@@ -86,12 +88,13 @@ class Worker:
             error=refusal,
         )
 
-    def _commit_classes(self, name: str, part: str) -> None:
-        classes = self.recipe.class_sets[name]
-        named = np.array(classes.classnames, dtype=object)
-        self.store.commit(
-            CLASSES, f"{name}/{part}", named if part == "name" else self.teachers[part].encode_classes(classes)
-        )
+    def _commit_classes(self, column: Column) -> None:
+        classes = self.recipe.class_sets[column.set]
+        if column.teacher:
+            array = self.teachers[column.teacher].encode_classes(classes)
+        else:
+            array = np.array(classes.classnames, dtype=object)
+        self.store.commit(CLASSES, column, array)
 
 
 class _ShardWork:
@@ -102,29 +105,30 @@ class _ShardWork:
         self.wanted = self.store.missing(shard.name, columns(worker.recipe))
         self.rows = Rows()
         self.good: list[int] = []
-        self.answers: dict[str, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
+        self.answers: dict[Column, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
         self.stored_captions: dict[str, np.ndarray] = {}
         self.empty_captions = 0
 
     def answer(self, batch: Batch, pool: Executor) -> None:
-        """Ask the models whatever is wanted about one batch."""
+        """Ask the models for all that is missing about one batch."""
         self.good += batch.rows
-        self._texts("original", self._original_captions(batch))
+        self._texts(ORIGINAL, self._original_captions(batch))
         for name in self.recipe.captioners:
-            if any(column.startswith(f"text/{name}/") for column in self.wanted):
+            if any(column.kind == "text" and column.set == name for column in self.wanted):
                 self._texts(name, self._captions(name, batch, pool))
         for name in self.recipe.view_sets:
             self._views(name, batch, pool)
 
     def refusal(self) -> str:
         """Why this shard cannot be committed, or nothing."""
-        name, num_bad, num_read = self.shard.name, len(self.rows.keys) - len(self.good), len(self.rows.keys)
+        name, keys = self.shard.name, self.rows.keys
+        num_read, num_bad = len(keys), len(keys) - len(self.good)
         if num_bad > self.worker.options.max_invalid * num_read:
             return (
                 f"{num_bad} of {num_read} samples are invalid, more than max_invalid="
-                f"{self.worker.options.max_invalid:g} allows; mend {self.shard.url} or raise --max-invalid"
+                f"{self.worker.options.max_invalid:g} allows; repair {self.shard.url} or raise --max-invalid"
             )
-        if "key" not in self.wanted and list(self.store.read(name, "key")) != self.rows.keys:
+        if KEY not in self.wanted and self.store.read(name, KEY).tolist() != keys:
             return (
                 f"{self.shard.url} is not the tar that group {name} was made from: its keys differ; use another STORE"
             )
@@ -133,9 +137,9 @@ class _ShardWork:
     def commit(self) -> None:
         """Write the wanted columns. Rows in quarantine hold NaN, 0 or an empty text."""
         known = {
-            "key": np.array(self.rows.keys, dtype=object),
-            "status": np.array(self.rows.statuses, dtype=np.uint8),
-            "size": np.array(self.rows.sizes, dtype=np.int32).reshape(-1, 2),
+            KEY: np.array(self.rows.keys, dtype=object),
+            STATUS: np.array(self.rows.statuses, dtype=np.uint8),
+            SIZE: np.array(self.rows.sizes, dtype=np.int32).reshape(-1, 2),
         }
         for column in self.wanted:
             array = known[column] if column in known else self._whole(column)
@@ -150,69 +154,64 @@ class _ShardWork:
 
     def _captions(self, name: str, batch: Batch, pool: Executor) -> list[list[str]]:
         """C lists of n captions, drawn now or, where a run before committed them, read back."""
-        if f"text/{name}/caption" not in self.wanted:
+        column = Column("text", name, "caption")
+        if column not in self.wanted:
             if name not in self.stored_captions:
-                self.stored_captions[name] = self.store.read(self.shard.name, f"text/{name}/caption")
+                self.stored_captions[name] = self.store.read(self.shard.name, column)
             return [list(row) for row in self.stored_captions[name][:, batch.rows]]
         captioner = self.worker.captioners[name]
         inputs = torch.stack(list(pool.map(captioner.preprocess, batch.pictures)))
         captions = captioner.caption(inputs, self.recipe.seed, name, [sample.key for sample in batch.samples])
         for row in captions:
             for i, caption in enumerate(row):
-                if not caption:  # the model said nothing: its own caption, if any, is the best that is known
+                if not caption:  # the model wrote nothing: the image's own caption, if any, is the best there is
                     row[i] = next(iter(batch.samples[i].captions), "")
                     self.empty_captions += 1
         return captions
 
     def _texts(self, name: str, texts: list[list[str]]) -> None:
         for index, row in enumerate(texts):
-            self._add(f"text/{name}/caption", index, np.array(row, dtype=object))
+            self._add(Column("text", name, "caption"), index, np.array(row, dtype=object))
             for teacher_name, teacher in self.worker.teachers.items():
-                if (column := f"text/{name}/{teacher_name}") in self.answers:
+                if (column := Column("text", name, teacher_name)) in self.answers:
                     self._add(column, index, teacher.encode_texts(row))
 
     def _views(self, name: str, batch: Batch, pool: Executor) -> None:
-        view_set, prefix = self.recipe.view_sets[name], f"view/{name}"
-        asked = {n: t for n, t in self.worker.teachers.items() if f"{prefix}/{n}" in self.answers}
+        view_set = self.recipe.view_sets[name]
+        augment_column, pixels_column = Column("view", name, "augment"), Column("view", name, "pixels")
+        asked = {
+            column: t for n, t in self.worker.teachers.items() if (column := Column("view", name, n)) in self.answers
+        }
         sides = {teacher.image_px for teacher in asked.values()}
-        if f"{prefix}/pixels" in self.answers:
+        if pixels_column in self.answers:
             sides.add(view_set.view_px)
-        if not sides and f"{prefix}/augment" not in self.answers:
+        if not sides and augment_column not in self.answers:
             return
         for view in ahead(views(batch, view_set, name, self.recipe.seed, sides, pool), 2):
-            self._add(f"{prefix}/augment", view.index, view.params)
-            if f"{prefix}/pixels" in self.answers:
+            self._add(augment_column, view.index, view.params)
+            if pixels_column in self.answers:
                 hashes = pool.map(augment.pixel_hash, view.pixels[view_set.view_px])
-                self._add(f"{prefix}/pixels", view.index, np.fromiter(hashes, np.uint64))
-            for teacher_name, teacher in asked.items():
-                embeddings = teacher.encode_images(view.pixels[teacher.image_px])
-                self._add(f"{prefix}/{teacher_name}", view.index, embeddings)
+                self._add(pixels_column, view.index, np.fromiter(hashes, np.uint64))
+            for column, teacher in asked.items():
+                self._add(column, view.index, teacher.encode_images(view.pixels[teacher.image_px]))
 
     # -- columns -------------------------------------------------------------------------------------------------
 
-    def _add(self, column: str, index: int, part: np.ndarray) -> None:
+    def _add(self, column: Column, index: int, part: np.ndarray) -> None:
         if column in self.answers:
             self.answers[column].setdefault(index, []).append(part)
 
-    def _whole(self, column: str) -> np.ndarray:
+    def _whole(self, column: Column) -> np.ndarray:
         """The batches of a column put where they belong among all N rows."""
-        kind, set_name, part = column.split("/")
-        text = kind == "text"
-        if text:
-            captioner = self.recipe.captioners.get(set_name)
-            num = captioner.num_captions if captioner else self.recipe.num_original_captions
+        shape = (column.num_items(self.recipe), len(self.rows.keys))
+        if column.teacher:
+            whole = np.full((*shape, self.worker.teachers[column.teacher].width), np.nan, ml_dtypes.bfloat16)
+        elif column.part == "caption":
+            whole = np.full(shape, "", dtype=object)
+        elif column.part == "pixels":
+            whole = np.zeros(shape, np.uint64)
         else:
-            num = self.recipe.view_sets[set_name].num_views
-        num_rows = len(self.rows.keys)
-        if part == "caption":
-            whole = np.full((num, num_rows), "", dtype=object)
-        elif part == "pixels":
-            whole = np.zeros((num, num_rows), np.uint64)
-        elif part == "augment":
-            width = len(augment.fields(self.recipe.view_sets[set_name]))
-            whole = np.full((num, num_rows, width), np.nan, np.float32)
-        else:
-            whole = np.full((num, num_rows, self.worker.teachers[part].width), np.nan, ml_dtypes.bfloat16)
+            whole = np.full((*shape, len(augment.fields(self.recipe.view_sets[column.set]))), np.nan, np.float32)
         for index, parts in self.answers[column].items():
             whole[index, self.good] = np.concatenate(parts)
         return whole

@@ -1,6 +1,7 @@
 """Teaches zarr-python the data type `bfloat16` of the Zarr extension registry, as TensorStore and zarrs write it.
 
-Found by zarr through the entry point `zarr.data_type`: any program with this package installed can open a store.
+Importing this module is all that a program needs to open a store with plain zarr. There is an entry point
+`zarr.data_type` as well, but zarr 3.1.6 only collects those: nothing in it ever loads them.
 """
 
 from dataclasses import dataclass
@@ -8,8 +9,14 @@ from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
-from zarr.core.dtype.npy.float import BaseFloat
-from zarr.dtype import DataTypeValidationError
+from zarr.dtype import DataTypeValidationError, data_type_registry
+
+from reinforce import process
+
+try:
+    from zarr.core.dtype.npy.float import BaseFloat
+except ImportError as error:
+    raise process.changed("zarr", "core.dtype.npy.float.BaseFloat", "it cannot be taught bfloat16") from error
 
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
@@ -34,3 +41,6 @@ class BFloat16(BaseFloat[Any, Any]):
     @property
     def item_size(self) -> int:
         return 2
+
+
+data_type_registry.register("bfloat16", BFloat16)

@@ -14,13 +14,12 @@ from reinforce.data import augment
 from reinforce.errors import ManifestMismatch, StoreError
 
 FORMAT_VERSION = 1
-CLASSES = "__classes__"  # the group of class texts; no shard can be called so
 _SOFTWARE = ("torch", "open_clip_torch", "pillow", "numpy", "zarr", "numcodecs")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`models`: what each teacher and captioner said of itself (weights digest, sizes, precision, `logit_scale`).
+    """`models`: how each teacher and captioner describes itself (weights digest, sizes, precision, `logit_scale`).
     `augment_fields`: name and unit of the P parameters of a view, for each view set.
     `software`: versions that wrote the manifest; recorded, not compared."""
 
@@ -69,25 +68,6 @@ class Manifest:
         _compare(
             {"recipe": self.recipe, "models": self.models}, {"recipe": asked.recipe, "models": asked.models}, where
         )
-
-
-def columns(recipe: Recipe) -> list[str]:
-    """The columns of every shard's group, in the order in which they are committed."""
-    texts = [*(["original"] if recipe.num_original_captions else []), *recipe.captioners]
-    return [
-        "key",
-        "status",
-        "size",
-        *(f"text/{name}/caption" for name in texts),
-        *(f"view/{name}/{part}" for name in recipe.view_sets for part in ("augment", "pixels")),
-        *(f"text/{name}/{teacher}" for name in texts for teacher in recipe.teachers),
-        *(f"view/{name}/{teacher}" for name in recipe.view_sets for teacher in recipe.teachers),
-    ]
-
-
-def class_columns(recipe: Recipe) -> list[str]:
-    """The columns of the group CLASSES: for each set its names (C,), and each teacher's embeddings (C, D) of them."""
-    return [f"{name}/{part}" for name in recipe.class_sets for part in ("name", *recipe.teachers)]
 
 
 def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -14,35 +14,33 @@ import os
 import uuid
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
-import numcodecs.blosc
 import numpy as np
 import zarr
 from fsspec.implementations.local import LocalFileSystem
 from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
-from zarr.dtype import data_type_registry
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
+import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
+from reinforce import process
 from reinforce.errors import Corrupt, NotCommitted, StoreError
-from reinforce.store.bfloat16 import BFloat16
-from reinforce.store.manifest import CLASSES, Manifest
+from reinforce.store.columns import CLASSES, Column
+from reinforce.store.manifest import Manifest
 
 CHUNK_ROWS = 16384  # rows of one view in one object: 12.5 k rows of 768 bfloat16, a DataCompDR shard, are 19 MB
 _PARTIAL = ".partial"  # where objects of a local store wait until they are whole
 
-# Blosc's threads put compressed blocks down in the order they finish: one thread, or the same array gives other bytes.
-numcodecs.blosc.use_threads = False
+C = TypeVar("C", Column, str)
 
-if "bfloat16" not in data_type_registry.contents:  # a checkout that is not installed has no entry point
-    data_type_registry.register("bfloat16", BFloat16)
+process.blosc_in_one_thread()
 
 
 class Store:
-    """A store at a local path or an fsspec URL."""
+    """A store at a local path or an fsspec URL. A column is named by a `Column`, or by its path in the group."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -53,7 +51,7 @@ class Store:
     # -- manifest ------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """The store's promise, or None where there is no store yet. Raises StoreError if it is not one of ours."""
+        """The store's manifest, or None where there is no store yet. Raises StoreError if it is not one of ours."""
         try:
             root = json.loads(self._fs.cat_file(f"{self._root}/zarr.json"))
         except FileNotFoundError:
@@ -64,12 +62,10 @@ class Store:
         return Manifest.from_json(tree, self.url)
 
     def promised(self) -> Manifest:
-        """The manifest of a store that has to exist. Raises StoreError."""
+        """The manifest of a store that must exist. Raises StoreError."""
         manifest = self.manifest()
         if manifest is None:
-            raise StoreError(
-                f"no store at {self.url}; make one with: python -m reinforce run SHARDS --store {self.url}"
-            )
+            raise StoreError(f"no store at {self.url}; make one with: clip-reinforce run SHARDS --store {self.url}")
         return manifest
 
     def promise(self, manifest: Manifest) -> None:
@@ -88,21 +84,19 @@ class Store:
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in self._ls(self._root))
         return sorted(name for name in names if name not in ("zarr.json", _PARTIAL, CLASSES))
 
-    def has(self, shard: str, column: str) -> bool:
+    def has(self, shard: str, column: Column | str) -> bool:
         return bool(self._fs.exists(f"{self._root}/{shard}/{column}/zarr.json"))
 
-    def missing(self, shard: str, columns: Iterable[str]) -> list[str]:
+    def missing(self, shard: str, columns: Iterable[C]) -> list[C]:
         """Those of `columns` that are not committed."""
         return [column for column in columns if not self.has(shard, column)]
 
-    def commit(self, shard: str, column: str, array: np.ndarray) -> None:
-        """Write one column of a shard. Committing it twice, even at the same time, does no harm.
+    def commit(self, shard: str, column: Column | str, array: np.ndarray) -> None:
+        """Write one column of a shard, or of the group CLASSES. To commit it twice, even at the same time, is harmless.
 
-        Rows lie on the last axis of (N,), (A, N), (C, N) and on the second of (A, N, D), (C, N, D), (A, N, P); `size`
-        is (N, 2). In the group CLASSES the rows are the classes of (C,) and (C, D). A chunk holds one view (or caption)
-        of up to CHUNK_ROWS rows.
+        A chunk holds one view (or caption) of up to CHUNK_ROWS rows; `Column` says what has which axes.
         """
-        objects = _encode(array, 0 if shard == CLASSES else _row_axis(column, array))
+        objects = _encode(array, Column.at(str(column)).row_axis)
         metadata = objects.pop("zarr.json")
         self._put_groups(shard, column)
         prefix = f"{shard}/{column}"
@@ -115,7 +109,7 @@ class Store:
         self._put(f"{prefix}/zarr.json", metadata)
         self._sync_folder(prefix)
 
-    def read(self, shard: str, column: str, index: int | None = None) -> np.ndarray:
+    def read(self, shard: str, column: Column | str, index: int | None = None) -> np.ndarray:
         """A column, or item `index` of its outermost axis, which touches that item's chunks only.
 
         Raises NotCommitted if it is not there, Corrupt if an object of it is missing, empty or altered.
@@ -128,7 +122,7 @@ class Store:
         except (ValueError, RuntimeError, OSError) as error:  # what codecs raise on altered bytes
             raise Corrupt(f"{self.url}: {shard}/{column} cannot be decoded: {error}; verify the store") from error
 
-    def open_array(self, shard: str, column: str) -> Any:
+    def open_array(self, shard: str, column: Column | str) -> Any:
         """The zarr.Array of a column, read-only, for which a missing chunk is an error."""
         try:
             return zarr.open_array(self._zarr(), path=f"{shard}/{column}", mode="r", zarr_format=3)
@@ -137,13 +131,13 @@ class Store:
                 f"{self.url} has no column {column} for shard {shard}; reinforce that shard first"
             ) from None
 
-    def objects(self, shard: str, column: str) -> list[str]:
+    def objects(self, shard: str, column: Column | str) -> list[str]:
         """Names of the chunk objects of a column, committed or not."""
         names = (path.rsplit("/", 1)[-1] for path in self._ls(f"{self._root}/{shard}/{column}"))
         return sorted(name for name in names if name != "zarr.json")
 
-    def check(self, shard: str, column: str) -> None:
-        """Doubt a committed column: raises Corrupt if its objects are not those that were written."""
+    def check(self, shard: str, column: Column | str) -> None:
+        """Raises Corrupt if the objects of a committed column are not those that were written."""
         attributes = dict(self.open_array(shard, column).attrs)
         names = self.objects(shard, column)
         if len(names) != attributes["num_chunks"]:
@@ -154,7 +148,7 @@ class Store:
         if digest.hexdigest() != attributes["sha256"]:
             raise Corrupt(f"{shard}/{column}: the bytes of its chunks are not those that were committed")
 
-    def stored_bytes(self, shard: str, column: str) -> int:
+    def stored_bytes(self, shard: str, column: Column | str) -> int:
         """Size of a column's chunks as stored."""
         return sum(self._fs.size(f"{self._root}/{shard}/{column}/{name}") for name in self.objects(shard, column))
 
@@ -176,7 +170,7 @@ class Store:
             return _Strict(LocalStore(self._root, read_only=True))
         return _Strict(FsspecStore.from_url(self.url, read_only=True, storage_options={"use_listings_cache": False}))
 
-    def _put_groups(self, shard: str, column: str) -> None:
+    def _put_groups(self, shard: str, column: Column | str) -> None:
         """Group metadata from the shard down to the column's parent, so that the tree can be walked in plain Zarr."""
         steps = f"{shard}/{column}".split("/")
         for depth in range(1, len(steps)):
@@ -234,10 +228,6 @@ class _Strict(WrapperStore[ZarrStore]):
         return value
 
 
-def _row_axis(column: str, array: np.ndarray) -> int:
-    return 0 if array.ndim == 1 or column == "size" else 1
-
-
 def _chunk_shape(shape: tuple[int, ...], row_axis: int) -> tuple[int, ...]:
     chunk = [min(length, CHUNK_ROWS) if axis == row_axis else length for axis, length in enumerate(shape)]
     if row_axis == 1:
@@ -271,7 +261,7 @@ def _encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
 
 
 def _loud(dtype: np.dtype[Any]) -> Any:
-    """What a plain Zarr reader shall see in the place of a lost chunk: NaN where there is one."""
+    """What a plain Zarr reader sees in place of a lost chunk: NaN, where the data type has one."""
     return dtype.type(0) if dtype.kind in "iu" else dtype.type("nan")
 
 

@@ -6,9 +6,9 @@ distances are means over all elements and the divergence is a sum over the batch
 Reconstructed: the views (its random crops without the flip), and an SGD momentum of 0.9, which no source at hand says.
 """
 
+import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,24 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
-from reinforce.config import Config, Teacher, ViewSet
+from reinforce.config import Teacher, ViewSet
 from reinforce.data import augment, draws, images
-from reinforce.data.shards import Sample, Status
-from reinforce.errors import ConfigError, Diverged, SampleError
+from reinforce.errors import ConfigError
 from reinforce.models import prompts
-from reinforce.models.frozen import FrozenModel
-from reinforce.models.open_clip import pick_device
+from reinforce.models.device import pick_device
 from reinforce.models.prompts import Prompts
+from reinforce.models.teacher import load_teacher
 from reinforce.recipes import load
+from train import checkpoint
+from train.average import Average
 from train.comkd.base_to_novel import base_to_novel, check_classes, num_base
+from train.comkd.shots import Labelled, draw_shots
+from train.config import LoopConfig
+from train.distributed import Ranks
 from train.evaluation.metrics import Metrics, embed_classes, embed_images
 from train.evaluation.sets import EvalSet
+from train.loop import Ended, Training
 from train.students import Student
 
 TEMPLATE = "{}."  # what stands before the class is what the prompts learn
@@ -40,7 +44,7 @@ WARM_UP_LR = 1e-5
 MOMENTUM = 0.9
 
 
-class AdaptConfig(Config):
+class AdaptConfig(LoopConfig):
     """Stage 1 of ComKD-CLIP (train/comkd/adapt.py): a teacher's prompts. The values are PromptSRC's."""
 
     teacher: Teacher
@@ -67,6 +71,7 @@ class AdaptConfig(Config):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout with the same classes")
+    save_every_n_steps: int = Field(100, ge=1)
 
 
 def load_adaptation(name: str, overrides: list[str] = []) -> AdaptConfig:
@@ -77,17 +82,26 @@ def load_adaptation(name: str, overrides: list[str] = []) -> AdaptConfig:
 def adapt(config: AdaptConfig, out: Path) -> dict[str, Any]:
     """Train prompts into `out`, a safetensors file; where it is there already, say what it holds.
 
+    Its run lies beside it, in a folder of the same name without the suffix: `config.json`, `metrics.jsonl`,
+    `checkpoints/`. Called again after it was stopped, it goes on from there.
+
     Raises ConfigError where the request does not fit or `out` was made with other settings, Diverged where the loss is
-    no number.
+    NaN or infinite.
     """
-    asked = config.model_dump(mode="json")
+    folder = out.with_suffix("")
     if out.exists():
         about = json.loads(prompts.about(out)["about"])
-        if about.get("config") != asked:
-            raise ConfigError(f"{out} was made with other settings; give another --out, or remove it")
+        if found := checkpoint.differences(about.get("config", {}), config, out):
+            raise ConfigError(
+                f"{out} was made with other settings:\n" + "\n".join(found) + "\n"
+                f"Give another --out, or remove it and the folder {folder}."
+            )
         report: dict[str, Any] = about["report"]
         return report
-    return _Adaptation(config).run(out, asked)
+    if folder == out:
+        raise ConfigError(f"--out {out}: end it in .safetensors; the folder of the run has the name without that")
+    adaptation = _Adaptation(config, folder)
+    return adaptation.keep(adaptation.run(adaptation.resume()), out)
 
 
 def regularised_loss(
@@ -117,19 +131,20 @@ def epoch_weights(epochs: int) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Labelled:
-    key: str
-    image: bytes
-    size: tuple[int, int]
-    label: int
+class _Batch:
+    """`views` uint8 (B, px, px, 3) and `labels` int64 (B,)."""
+
+    keys: list[str]
+    views: Tensor
+    labels: Tensor
 
 
-class _Adaptation:
-    def __init__(self, config: AdaptConfig) -> None:
-        self.config = config
+class _Adaptation(Training[_Batch]):
+    def __init__(self, config: AdaptConfig, out: Path) -> None:
+        self.config: AdaptConfig = config
+        self.out, self.ranks = out, Ranks(0, 1, pick_device(config.device))
         if config.teacher.prompts:
             raise ConfigError("the teacher has prompts already; adapt the plain one, teacher.prompts=null")
-        self.device = pick_device(config.device)
         labelled = EvalSet(config.data, "train")
         if labelled.classnames is None or labelled.prompts is None:
             raise ConfigError(f"{config.data}: its images have captions; adapting needs images with classes")
@@ -139,126 +154,112 @@ class _Adaptation:
             check_classes(eval_set, self.classnames, config.data)
         num_classes = len(self.classnames)
         self.num_classes = num_base(num_classes) if config.classes == "base" else num_classes
-        self.samples, self.num_skipped = self._chosen(labelled)
+        learned = self.classnames[: self.num_classes]
+        self.samples, self.num_skipped = draw_shots(labelled, learned, config.shots, config.seed)
         random_seed = config.seed if config.weights == "random" else None
-        self.frozen = FrozenModel(config.teacher, self.device, random_seed)
-        self.prompts = Prompts.fresh(
+        self.frozen = load_teacher(config.teacher, self.ranks.device, random_seed)
+        self.fingerprint = self._fingerprint()
+        self.model: Prompts = Prompts.fresh(
             self.frozen.model, config.num_tokens, config.depth, config.seed, self.frozen.tokenizer
-        ).to(self.device)
-        self.frozen.take(self.prompts)
+        ).to(self.ranks.device)
+        self.frozen.take(self.model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=MOMENTUM)
+        self.steps_per_epoch = -(-len(self.samples) // config.batch_size)
+        self.num_steps, self.samples_per_step = config.epochs * self.steps_per_epoch, config.batch_size
+        self.average = Average(self.model, self._share) if config.average else None
+        self.tokens = self.frozen.tokenize([TEMPLATE.format(name) for name in learned]).to(self.ranks.device)
+        with self.model.set_aside():
+            student, texts = self._as_student(self.frozen.tokenizer), self.texts[: self.num_classes]
+            self.frozen_text = embed_classes(student, texts, 256).to(self.ranks.device)
 
-    def run(self, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
-        with self.prompts.set_aside():
-            before = self._evaluate(self.texts, self.frozen.tokenizer)
-            texts = self.texts[: self.num_classes]
-            frozen_text = embed_classes(self._as_student(self.frozen.tokenizer), texts, 256).to(self.device)
-        metrics = self._train(frozen_text)
-        after = self._evaluate([[TEMPLATE.format(name)] for name in self.classnames], self.frozen.tokenize)
+    def describe(self) -> str:
+        return (
+            f"prompts of {self.config.teacher.model} on {self.ranks.device}: {len(self.samples)} images of "
+            f"{self.num_classes} classes, {self.num_skipped} left out"
+        )
+
+    def batches(self, step: int) -> Iterator[list[_Batch]]:
+        """In an epoch every sample once, in an order drawn for it."""
+        for at in range(step, self.num_steps):
+            epoch, number = divmod(at, self.steps_per_epoch)
+            drawn = draws.uniforms(self.config.seed, "adapt/order", str(epoch), 0, len(self.samples))
+            start = number * self.config.batch_size
+            order = np.argsort(drawn, kind="stable")[start : start + self.config.batch_size]
+            yield [self._batch([self.samples[i] for i in order], epoch)]
+
+    def lr_at(self, step: int) -> float:
+        epoch = step // self.steps_per_epoch
+        if not epoch:
+            return min(WARM_UP_LR, self.config.lr)
+        return 0.5 * self.config.lr * (1 + math.cos(math.pi * epoch / self.config.epochs))
+
+    def backward(self, pieces: list[_Batch], step: int) -> dict[str, Tensor]:
+        [batch] = pieces
+        pixels, labels = self.frozen.normalise(batch.views), batch.labels.to(self.ranks.device)
+        with self.model.set_aside():
+            frozen_image = self._features(self.frozen.model.encode_image, pixels).detach()
+        image = self._features(self.frozen.model.encode_image, pixels)
+        text = self._features(self.frozen.model.encode_text, self.tokens)
+        scale = float(self.frozen.model.logit_scale.exp())
+        loss, parts = regularised_loss(image, text, frozen_image, self.frozen_text, labels, scale, self.config)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {name: part.detach() for name, part in parts.items()} | {"loss": loss.detach()}
+
+    def evaluate(self) -> dict[str, Metrics]:
+        return self._scores([[TEMPLATE.format(name)] for name in self.classnames], self.frozen.tokenize)
+
+    def keep(self, ended: Ended, out: Path) -> dict[str, Any]:
+        """Write the prompts, and what there is to say of them."""
+        with self.model.set_aside():
+            frozen = self._scores(self.texts, self.frozen.tokenizer)
         report = {
             "prompts": str(out),
             "teacher": self.config.teacher.model,
             "classes": self.num_classes,
             "images": len(self.samples),
             "skipped": self.num_skipped,
-            "metrics": metrics,
-            "evaluated": {name: {"frozen": before[name], "adapted": after[name]} for name in before},
+            "metrics": ended.metrics,
+            "evaluated": {name: {"frozen": frozen[name], "adapted": ended.evaluated[name]} for name in frozen},
         }
-        about = {"config": asked, "report": report}
-        prompts.save(self.prompts, out, self.config.teacher.model, self.frozen.digest, about)
+        about = {"config": self.config.model_dump(mode="json"), "report": report}
+        with self.averaged():
+            prompts.save(self.model, out, self.config.teacher.model, self.frozen.digest, about)
         return report
 
-    def _train(self, frozen_text: Tensor) -> dict[str, float]:
-        config = self.config
-        tokens = self.frozen.tokenize([TEMPLATE.format(n) for n in self.classnames[: self.num_classes]]).to(self.device)
-        scale = float(self.frozen.model.logit_scale.exp())
-        optimizer = torch.optim.SGD(self.prompts.parameters(), lr=config.lr, momentum=MOMENTUM)
-        shares = epoch_weights(config.epochs)
-        average = [torch.zeros_like(tensor) for tensor in self.prompts.parameters()]
-        metrics: dict[str, float] = {}
-        with tqdm(total=config.epochs, unit="epoch", disable=None) as progress:
-            for epoch in range(config.epochs):
-                for group in optimizer.param_groups:
-                    cosine = 0.5 * config.lr * (1 + math.cos(math.pi * epoch / config.epochs))
-                    group["lr"] = cosine if epoch else min(WARM_UP_LR, config.lr)
-                sums: dict[str, list[float]] = defaultdict(list)
-                for views, labels in self._batches(epoch):
-                    pixels = self.frozen.normalise(views)
-                    with self.prompts.set_aside():
-                        frozen_image = self._features(self.frozen.model.encode_image, pixels).detach()
-                    image = self._features(self.frozen.model.encode_image, pixels)
-                    text = self._features(self.frozen.model.encode_text, tokens)
-                    loss, parts = regularised_loss(image, text, frozen_image, frozen_text, labels, scale, config)
-                    if not loss.isfinite():
-                        raise Diverged(f"epoch {epoch}: the loss is {loss.item()}; lower lr, and start again")
-                    optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-                    for name, part in parts.items():
-                        sums[name].append(part.item())
-                for total, tensor in zip(average, self.prompts.parameters(), strict=True):
-                    total += shares[epoch] * tensor.detach()
-                metrics = {name: float(np.mean(values)) for name, values in sums.items()}
-                progress.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()}, refresh=False)
-                progress.update()
-        if config.average:
-            for total, tensor in zip(average, self.prompts.parameters(), strict=True):
-                tensor.data.copy_(total)
-        return metrics
+    def _share(self, step: int) -> float:
+        """Of the newest weights in the average after a step: those at the end of an epoch count."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        weights = epoch_weights(self.config.epochs)[: epoch + 1]
+        return weights[-1] / sum(weights) if number == self.steps_per_epoch - 1 else 0.0
+
+    def _fingerprint(self) -> str:
+        """Of the teacher, the classes and the images."""
+        digest = hashlib.sha256(f"{self.frozen.digest};{self.classnames};".encode())
+        for sample in self.samples:
+            digest.update(f"{sample.key} {sample.label};".encode() + hashlib.sha256(sample.image).digest())
+        return digest.hexdigest()
 
     def _features(self, encode: Any, inputs: Tensor) -> Tensor:
         with self.frozen.autocast():
             features: Tensor = encode(inputs)
         return F.normalize(features.float(), dim=-1)
 
-    def _chosen(self, labelled: EvalSet) -> tuple[list[_Labelled], int]:
-        """`shots` images of each class, drawn by their keys, encoded as they are in the tars; and how many were bad."""
-        by_class: dict[int, list[Sample]] = {label: [] for label in range(self.num_classes)}
-        skipped = 0
-        for sample, label in labelled.samples():
-            if sample.status == Status.GOOD and label in by_class:
-                by_class[label].append(sample)
-            skipped += sample.status != Status.GOOD
-        chosen = []
-        for label, samples in by_class.items():
-            samples.sort(key=lambda s: (draws.uniforms(self.config.seed, "adapt/shots", s.key, 0, 1)[0], s.key))
-            good = 0
-            for sample in samples:
-                if good == self.config.shots:
-                    break
-                try:
-                    picture = images.decode(sample.image)
-                except SampleError:
-                    skipped += 1
-                    continue
-                good += 1
-                chosen.append(_Labelled(sample.key, sample.image, (picture.height, picture.width), label))
-            if not good:
-                raise ConfigError(
-                    f"{labelled.url}: no good image of class {label}, '{self.classnames[label]}', in its split train; "
-                    "add some, or take the class out of classnames.txt"
-                )
-        return chosen, skipped
-
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 (B, px, px, 3) and labels (B,): every sample once, in an order drawn for the epoch."""
-        config, px = self.config, self.frozen.image_px
-        drawn = draws.uniforms(config.seed, "adapt/order", str(epoch), 0, len(self.samples))
-        order = np.argsort(drawn, kind="stable")
-        for start in range(0, len(order), config.batch_size):
-            batch = [self.samples[i] for i in order[start : start + config.batch_size]]
-            views = []
-            for item in batch:
-                params = augment.draw(config.views, config.seed, "adapt", item.key, epoch, item.size)
-                views.append(augment.replay(images.decode(item.image), params, item.size, px))
-            yield torch.from_numpy(np.stack(views)), torch.tensor([item.label for item in batch], device=self.device)
+    def _batch(self, samples: list[Labelled], epoch: int) -> _Batch:
+        views = []
+        for sample in samples:
+            params = augment.draw(self.config.views, self.config.seed, "adapt", sample.key, epoch, sample.size)
+            views.append(augment.replay(images.decode(sample.image), params, sample.size, self.frozen.image_px))
+        labels = torch.tensor([sample.label for sample in samples])
+        return _Batch([sample.key for sample in samples], torch.from_numpy(np.stack(views)), labels)
 
     def _as_student(self, tokenizer: Any) -> Student:
         return Student(self.config.teacher.model, Path(), self.frozen.model, tokenizer)
 
-    def _evaluate(self, texts: list[list[str]], tokenizer: Any) -> dict[str, Metrics]:
+    def _scores(self, texts: list[list[str]], tokenizer: Any) -> dict[str, Metrics]:
+        """Base-to-novel of every evaluation set."""
         student, results = self._as_student(tokenizer), {}
         for name, eval_set in self.eval_sets.items():
             loaded = eval_set.load(student.preprocess_cfg)
             features = embed_images(student, loaded.images, 256)
-            results[name] = base_to_novel(features, torch.tensor(loaded.said), embed_classes(student, texts, 256))
+            results[name] = base_to_novel(features, torch.tensor(loaded.truth), embed_classes(student, texts, 256))
         return results

@@ -62,14 +62,11 @@ class ComkdTrainee(Trainee):
         return self.classifier
 
     def forward(self, images: Tensor, tokens: Tensor | None) -> Outputs:
-        """`image` (B, D) is f_e, `image/projected` (B, D) is P(u_s); `logit_scale` ()."""
+        """Of images only: the features (B, D) are f_e, the guess of the teacher's (B, D) is P(u_s)."""
         with self.autocast(images):
             projected, fused = self.classifier(self.pixels(images))
-        return {
-            "image": fused,
-            "image/projected": projected,
-            "logit_scale": self.student.model.logit_scale.exp(),
-        }
+        image = {"features": fused, f"guess/{self.teacher}": projected}
+        return Outputs(image, {}, self.student.model.logit_scale.exp())
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """kl x refinement + align x IFAlign; of the parts those that have a weight; `agreement`, the share of the
@@ -77,13 +74,13 @@ class ComkdTrainee(Trainee):
         target = batch.image_targets[self.teacher].float()
         classes = self.classifier.head.classes
         teacher_logits = self.facts.logit_scale * target @ classes.T
-        logits = outputs["logit_scale"] * outputs["image"] @ classes.T
+        logits = outputs.logit_scale * outputs.image["features"] @ classes.T
         parts, loss = {}, target.new_zeros(())
         if self.settings.kl:
             parts["kl"] = terms.refinement(logits, teacher_logits, self.settings.tau)
             loss = loss + self.settings.kl * parts["kl"]
         if self.settings.align:
-            parts["align"] = terms.if_align(outputs["image/projected"], target)
+            parts["align"] = terms.if_align(outputs.image[f"guess/{self.teacher}"], target)
             loss = loss + self.settings.align * parts["align"]
         parts["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
         if self.classifier.head.attention:
@@ -91,7 +88,7 @@ class ComkdTrainee(Trainee):
         return loss, {name: value.detach() for name, value in parts.items()} | {"loss": loss.detach()}
 
     def evaluate(self, sets: Mapping[str, EvalSet]) -> dict[str, Metrics]:
-        return self.classifier.evaluate(sets, self.precision)
+        return self.classifier.evaluate(sets, precision=self.precision)
 
     def save(self, folder: Path) -> None:
         self.classifier.save(folder)

@@ -6,10 +6,11 @@ in the order in which they were asked for, so they are the same for any number o
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Self
 from weakref import WeakValueDictionary
 
 import ml_dtypes
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from reinforce.data import augment, images
-from reinforce.errors import ReinforceError, ReplayError, SampleError, ShardError
+from reinforce.data.shards import Place
+from reinforce.data.views import replayed
+from reinforce.errors import ReinforceError
 from train.data.order import Order, Piece
 from train.data.sources import Opened, Source
 
@@ -36,6 +38,28 @@ class Batch:
     tokens: dict[str, Tensor]
     image_targets: dict[str, Tensor]
     text_targets: dict[str, dict[str, Tensor]]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same samples, with every tensor through `function`."""
+        return type(self)(self.keys, *(_each(function, part) for part in self._tensors))
+
+    @classmethod
+    def cat(cls, pieces: Sequence[Self]) -> Self:
+        """Pieces, one after the other, as one batch."""
+        parts = zip(*(piece._tensors for piece in pieces), strict=True)
+        keys = [key for piece in pieces for key in piece.keys]
+        return cls(keys, *(_each(lambda *tensors: torch.cat(tensors), *part) for part in parts))
+
+    @property
+    def _tensors(self) -> tuple[Any, ...]:
+        return self.images, self.tokens, self.image_targets, self.text_targets
+
+
+def _each(function: Callable[..., Any], *trees: Any) -> Any:
+    """Arrays, or dicts of them: what `function` makes of those that have the same names in every tree."""
+    if isinstance(trees[0], dict):
+        return {name: _each(function, *(tree[name] for tree in trees)) for name in trees[0]}
+    return function(*trees)
 
 
 @dataclass(frozen=True)
@@ -148,26 +172,14 @@ def _work(rows: list[_Row]) -> _Work:
 
 
 def _batch(rows: list[_Row], keys: list[str], pixels: Tensor, tokens: dict[str, Tensor]) -> Batch:
-    first = rows[0].shard
-    return Batch(
-        keys,
-        pixels,
-        tokens,
-        {name: _stack(item.shard.image_targets[name][item.row] for item in rows) for name in first.image_targets},
-        {
-            text_set: {
-                name: _stack(item.shard.text_targets[text_set][name][item.row] for item in rows) for name in said
-            }
-            for text_set, said in first.text_targets.items()
-        },
-    )
+    def stacked(*columns: np.ndarray) -> Tensor:
+        """One row of each bfloat16 column, as a tensor."""
+        taken = np.stack([column[item.row] for column, item in zip(columns, rows, strict=True)])
+        return torch.from_numpy(taken.astype(ml_dtypes.bfloat16, copy=False).view(np.int16)).view(torch.bfloat16)
 
-
-def _stack(rows: Iterator[np.ndarray]) -> Tensor:
-    """Rows of bfloat16 as a tensor."""
-    return torch.from_numpy(np.stack(list(rows)).astype(ml_dtypes.bfloat16, copy=False).view(np.int16)).view(
-        torch.bfloat16
-    )
+    image_targets = _each(stacked, *(item.shard.image_targets for item in rows))
+    text_targets = _each(stacked, *(item.shard.text_targets for item in rows))
+    return Batch(keys, pixels, tokens, image_targets, text_targets)
 
 
 class _Asked:
@@ -198,15 +210,7 @@ class _Views(Dataset):
     def _view(
         self, key: str, path: str, offset: int, length: int, size: tuple[int, int], params: np.ndarray
     ) -> np.ndarray:
-        try:
-            with open(path, "rb") as tar:
-                tar.seek(offset)
-                picture = images.decode(tar.read(length))
-            return augment.replay(picture, params, size, self.image_px)
-        except (OSError, SampleError) as error:
-            raise ShardError(f"{path}: {key}: {error}; the tar has changed since it was reinforced") from error
-        except ReplayError as error:
-            raise ReplayError(f"{path}: {key}: {error}") from error
+        return replayed(path, Place(key, offset, length), params, size, self.image_px)
 
 
 def _whole(made: object) -> object:

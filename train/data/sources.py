@@ -7,7 +7,6 @@ A source has `good_rows` (shard to the rows that can be used, in the tar's order
 
 import hashlib
 import os
-import sys
 import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,15 @@ from typing import Protocol
 
 import fsspec
 import numpy as np
-from tqdm import tqdm
 
+from reinforce.config import ORIGINAL
 from reinforce.data import augment, draws, images, shards
 from reinforce.data.shards import Place, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError
+from reinforce.progress import Progress
 from reinforce.store.store import Store
 from train.config import TrainConfig
 
-ORIGINAL = "original"
 MIX = "mix"
 
 
@@ -91,8 +90,7 @@ class StoreSource:
         if view_set is None:
             raise ConfigError(f"{store.url} has no view set '{config.view_set}'; it has {', '.join(recipe.view_sets)}")
         self._num_views = view_set.num_views
-        self._num_captions = {ORIGINAL: recipe.num_original_captions} if recipe.num_original_captions else {}
-        self._num_captions |= {name: captioner.num_captions for name, captioner in recipe.captioners.items()}
+        self._num_captions = recipe.text_sets
         asked_texts = [] if config.comkd else config.text_sets
         self.text_sets = _some(asked_texts, list(self._num_captions), "text set", store.url)
         if not self.text_sets and not config.comkd:
@@ -171,14 +169,18 @@ class PlainSource:
         self.text_sets = [ORIGINAL]
         self.good_rows, self._sizes, self._captions = {}, {}, {}
         self.num_skipped = 0
-        for shard in tqdm(listed, "looking at the tars", unit="shard", disable=not sys.stderr.isatty()):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (
+            Progress(len(listed), "shard", title="looking at the tars") as progress,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            for shard in listed:
                 samples = list(pool.map(_looked_at, shards.read(shard)))
-            sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)
-            self._sizes[shard.name] = sizes
-            self._captions[shard.name] = [captions for _, captions in samples]
-            self.good_rows[shard.name] = np.flatnonzero(sizes[:, 0])
-            self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
+                sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)
+                self._sizes[shard.name] = sizes
+                self._captions[shard.name] = [captions for _, captions in samples]
+                self.good_rows[shard.name] = np.flatnonzero(sizes[:, 0])
+                self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
+                progress.add()
         self.fingerprint = _fingerprint("tars alone", self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:

@@ -10,17 +10,24 @@ weights as well, such as an export, is a student that goes on learning from ther
 import difflib
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reinforce.errors import ConfigError
 from reinforce.models import tensorfile
 from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.pixels import Normaliser
+from train.evaluation.metrics import Metrics, Precision, evaluate
+from train.evaluation.sets import EvalSet
+from train.export import ExportReport, Graph, Method, export
 from train.students import hybrid_text, mamba, mambavision, mci
+from train.students.fold import fold
 
 # Importing them registers their encoders with timm, and the hybrid text tower with open_clip.
 TOWERS = (hybrid_text, mamba, mambavision, mci)
@@ -28,7 +35,9 @@ TOWERS = (hybrid_text, mamba, mambavision, mci)
 CONFIGS = Path(__file__).parent / "configs"
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
-_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.partial", "export.json")  # in a folder, what is true of them only
+# The files of a folder that describe its weights, and so do not belong to other weights.
+_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.partial", "export.json")
+SENTENCES = ("a photo of a cat", "two dogs on a beach at sunset", "", "a red circle, a blue square and " + 20 * "more ")
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Student:
     folder: Path
     model: Any
     tokenizer: Any
+    reader = "open_clip"
 
     @property
     def preprocess_cfg(self) -> dict[str, Any]:
@@ -51,6 +61,58 @@ class Student:
     def image_px(self) -> int:
         size = self.preprocess_cfg["size"]
         return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def module(self) -> nn.Module:
+        """All its weights."""
+        model: nn.Module = self.model
+        return model
+
+    def evaluate(
+        self, sets: Mapping[str, EvalSet], batch_size: int = 256, precision: Precision = "fp32"
+    ) -> dict[str, Metrics]:
+        """Zero-shot classification or retrieval of every set, as `train.evaluation.metrics.evaluate` does."""
+        return evaluate(self, sets, batch_size, precision)
+
+    def export(self, out: Path) -> ExportReport:
+        """Write an open_clip folder with both towers as ONNX, and check it: `train.export.export`."""
+        return export(self, out, lambda folder: create(str(folder)))
+
+    def save(self, folder: Path) -> None:
+        """Write it as a folder that `create` and `open_clip.create_model("local-dir:...")` load.
+
+        From the folder that describes it, config and tokenizer are copied.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            of_weights = any(path.match(pattern) for pattern in _OF_WEIGHTS)
+            if path.is_file() and not of_weights and path.parent != folder:
+                shutil.copyfile(path, folder / path.name)
+        tensorfile.save(self.model.state_dict(), folder / WEIGHTS)
+
+    def graphs(self, folded: bool) -> list[Graph]:
+        """Both towers, for an export."""
+        model = fold(self.model) if folded else self.model
+        towers = {"image": ("images", self.probe()), "text": ("tokens", self.tokenizer(list(SENTENCES)))}
+        return [
+            Graph(tower, f"{tower}.onnx", Method(model, f"encode_{tower}", True), inputs, (name, f"{tower}_features"))
+            for tower, (name, inputs) in towers.items()
+        ]
+
+    def probe(self) -> Tensor:
+        """Noise that exports are checked on, normalised, the same each time: float32 (4, 3, image_px, image_px)."""
+        noise = np.random.default_rng(0).integers(0, 256, (4, 3, self.image_px, self.image_px), np.uint8)
+        pixels: Tensor = Normaliser(self.preprocess_cfg)(torch.from_numpy(noise))
+        return pixels
+
+    def facts(self) -> dict[str, Any]:
+        """What an application has to know of an export."""
+        return {
+            "student": self.name,
+            "preprocess": self.preprocess_cfg | {"size": self.image_px},
+            "context_length": self.tokenizer.context_length,
+            "logit_scale": self.model.logit_scale.exp().item(),
+        }
 
 
 def names() -> list[str]:
@@ -104,16 +166,3 @@ def _avoid_channels_last(model: nn.Module) -> None:
 def _contiguous_on_cpu(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     (images,) = inputs
     return images.contiguous() if images.device.type == "cpu" else images
-
-
-def save(student: Student, folder: Path) -> None:
-    """Write a student as a folder that `create` and `open_clip.create_model("local-dir:...")` load.
-
-    Of the folder that it comes from goes along what is true of any weights: config, tokenizer.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in student.folder.iterdir():
-        of_weights = any(path.match(pattern) for pattern in _OF_WEIGHTS)
-        if path.is_file() and not of_weights and path.parent != folder:
-            shutil.copyfile(path, folder / path.name)
-    tensorfile.save(student.model.state_dict(), folder / WEIGHTS)

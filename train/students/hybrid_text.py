@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reinforce import process
 from reinforce.models.open_clip import open_clip
 from train.students.fold import ConvNorm
 
@@ -93,20 +94,17 @@ class RepMixerBlock(nn.Module):
         return x
 
 
-_build_plain = open_clip.model._build_text_tower
-
-
 def build(embed_dim: int, text_cfg: Any, *args: Any, **kwargs: Any) -> Any:
     """open_clip's text tower; where `text_cfg` has a `mixer_kernel` (tokens, odd), with the blocks at both its ends."""
     if not isinstance(text_cfg, dict) or "mixer_kernel" not in text_cfg:
-        return _build_plain(embed_dim, text_cfg, *args, **kwargs)
+        return build_plain(embed_dim, text_cfg, *args, **kwargs)
     plain = {key: value for key, value in text_cfg.items() if key != "mixer_kernel"}
     if not plain.get("no_causal_mask"):
         raise ValueError("text_cfg: a tower with mixer_kernel reads both ways, so it needs no_causal_mask = true")
-    tower = _build_plain(embed_dim, plain, *args, **kwargs)
+    tower = build_plain(embed_dim, plain, *args, **kwargs)
     first, last = (RepMixerBlock(tower.width, text_cfg["mixer_kernel"]) for _ in range(2))
     tower.transformer.resblocks = nn.ModuleList([first, *tower.transformer.resblocks, last])
     return tower
 
 
-open_clip.model._build_text_tower = build
+build_plain = process.open_clip_text_tower(open_clip.model, build)

@@ -1,0 +1,127 @@
+"""All that this project changes for the whole process and not only for itself: global settings of libraries, patches.
+
+One function for each, called from where its library is imported; nothing is loaded before. What depends on names that
+a library may change checks them first, and raises MissingExtra, with the versions, where they have changed. (One effect
+stays with its subject: importing `reinforce.store.bfloat16` teaches zarr that data type.)
+"""
+
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+from reinforce.errors import MissingExtra
+
+# What the tests pass with: the versions of constraints.txt.
+CHECKED = {"numcodecs": "0.16.6", "open_clip_torch": "3.3.0", "torchvision": "0.28.0", "zarr": "3.1.6"}
+_TEXT_TOWER = ["embed_dim", "text_cfg", "quick_gelu", "cast_dtype"]
+_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declared: list[Any] = []  # torch withdraws operators when the library that declared them is collected
+
+
+def blosc_in_one_thread() -> None:
+    """numcodecs: Blosc's threads put compressed blocks down in the order they finish, so that the same array would give
+    other bytes. Setting a name that is not read would do nothing, so it is checked."""
+    import numcodecs.blosc
+
+    if not hasattr(numcodecs.blosc, "use_threads"):
+        raise changed("numcodecs", "blosc.use_threads", "the bytes of a store would depend on timing")
+    numcodecs.blosc.use_threads = False
+
+
+def pillow_without_warnings() -> None:
+    """Pillow warns of odd metadata, which is no fault of the pixels. `catch_warnings` is not safe in threads."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def pillow_without_half_images() -> None:
+    """Pillow takes half an image for a whole one where any library has set this. Called before each image."""
+    from PIL import ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def timm_without_warnings() -> None:
+    """timm warns of how open_clip builds its models, which a user of a teacher can do nothing about."""
+    logging.getLogger("timm").setLevel(logging.ERROR)
+
+
+def torch_threads(num: int) -> None:
+    """torch: sums are split among its threads, so that on a CPU their number decides the last bits."""
+    import torch
+
+    torch.set_num_threads(num)
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """For a while no library logs anything below an error: open_clip warns of missing weights that nobody asked for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def ray_environment() -> None:
+    """Ray reads this when it is imported: it sends no usage statistics where the user does not ask for them."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def import_torchvision() -> None:
+    """Import torchvision, which must work on a CPU build of torch, too.
+
+    The wheel of the package index is linked to CUDA's torch. On a CPU torch its compiled operators silently do not
+    load, and its import then fails while it describes two of them. Declaring these two is enough for its parts in
+    Python, which are all that open_clip and timm use. Elsewhere this does nothing.
+    """
+    try:
+        import torchvision
+
+        return
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    import torch
+
+    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        del sys.modules[module]
+    library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    for operator in _OPERATORS:
+        library.define(operator)
+    _declared.append(library)
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        raise changed("torchvision", "operators nms and qnms only", f"its import fails: {error}") from error
+
+
+def open_clip_text_tower(model: ModuleType, build: Callable[..., Any]) -> Callable[..., Any]:
+    """open_clip has no way to add a kind of text tower, so `model`, its module of this name, is made to call `build`.
+
+    Gives open_clip's own function, which `build` may call.
+    """
+    own: Callable[..., Any] | None = getattr(model, "_build_text_tower", None)
+    if own is None or [*inspect.signature(own).parameters] != _TEXT_TOWER:
+        name = f"model._build_text_tower({', '.join(_TEXT_TOWER)})"
+        raise changed("open_clip_torch", name, "MobileCLIP's text tower cannot be added to it")
+    model._build_text_tower = build  # type: ignore[attr-defined]
+    return own
+
+
+def changed(package: str, name: str, consequence: str) -> MissingExtra:
+    """The error for a library in which something that this project depends on is not what it was."""
+    return MissingExtra(
+        f"{package} {version(package)} does not have {name} as {CHECKED[package]} has, so {consequence}; "
+        f"install: pip install '{package}=={CHECKED[package]}'"
+    )

@@ -1,0 +1,55 @@
+"""Progress: a bar on a terminal, and elsewhere lines that are few, the last one always among them."""
+
+import io
+import sys
+
+import pytest
+
+from reinforce import progress
+from reinforce.progress import Progress
+from reinforce.run.reports import RunReport, ShardReport
+
+
+def told(monkeypatch: pytest.MonkeyPatch, on_terminal: bool, quiet_s: float, **options) -> str:
+    """What four of ten units say, of which six were done before."""
+    stderr = io.StringIO()
+    stderr.isatty = lambda: on_terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(progress, "_QUIET_S", quiet_s)
+    with Progress(10, "step", done=6, **options) as bar:
+        for number in range(7, 11):
+            bar.add(f"loss {number}")
+    return stderr.getvalue()
+
+
+def test_elsewhere_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(monkeypatch, False, 10) == "step 10/10, loss 10, about 0 s left\n"
+    lines = told(monkeypatch, False, -1, title="a run").splitlines()
+    assert [line.split(", about")[0] for line in lines] == [f"a run: step {n}/10, loss {n}" for n in range(7, 11)]
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = told(monkeypatch, True, -1)
+    assert "6/10" in said and "10/10" in said and "about" not in said
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_silent(monkeypatch: pytest.MonkeyPatch, on_terminal: bool) -> None:
+    assert told(monkeypatch, on_terminal, -1, silent=True) == ""
+
+
+def test_what_is_left_is_reckoned_from_this_run(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Two of four units were there before; one more took 30 s, so that the last takes 30 s."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress(4, "shard", done=2) as bar:
+        now[0] = 30.0
+        bar.add()
+    assert capsys.readouterr().err == "shard 3/4, about 30 s left\n"
+
+
+def test_what_a_run_says_beside_the_count() -> None:
+    report = RunReport("store", 3, 0)
+    report.add(ShardReport("a", read=30), 1)
+    report.add(ShardReport("b", error="broken"), 3)
+    assert report.phrase(4.0) == "30 samples, 7.5 samples/s, 1 failed"

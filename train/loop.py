@@ -1,0 +1,221 @@
+"""What every training does: next batch, step, watch for NaN, log, evaluate, save, stop when asked to, go on later.
+
+A metric of a step is a number with a name. What `backward` and `after_step` give goes into the curves, and that of the
+last step into the report; what a bar shows beside the count is said in logs.py.
+"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from reinforce.errors import Diverged
+from train import checkpoint
+from train.average import Average
+from train.config import LoopConfig
+from train.distributed import Ranks
+from train.evaluation.metrics import Metrics
+from train.logs import Journal
+
+_SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
+
+
+class Piece(Protocol):
+    """A batch, or a piece of one: what it is made of is the training's own affair."""
+
+    @property
+    def keys(self) -> list[str]: ...
+
+
+P = TypeVar("P", bound=Piece)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A training that has come to its end: metrics of its last step, and of its evaluation sets."""
+
+    metrics: dict[str, float]
+    evaluated: dict[str, Metrics]
+    speed: dict[str, float]
+
+
+class Training(ABC, Generic[P]):
+    """One training, in the folder `out`. Subclasses set what stands here, and say how a step is computed."""
+
+    config: LoopConfig
+    out: Path
+    ranks: Ranks
+    fingerprint: str  # of the data that it learns from
+    model: nn.Module  # what a checkpoint holds, the parameters that learn among it
+    optimizer: Optimizer
+    average: Average | None  # of the weights that are evaluated and kept
+    num_steps: int
+    samples_per_step: int  # of all ranks
+    grad_clip_norm: float = math.inf
+    remedy = "Lower lr"  # for a loss that is NaN or infinite
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What learns, where, and from what: for the line that a run begins with."""
+
+    @abstractmethod
+    def batches(self, step: int) -> Iterator[list[P]]:
+        """From that of step `step` on, each in the pieces that it is computed in. Functions of the seed and the step,
+        so that a resumed run sees what the whole one would."""
+
+    @abstractmethod
+    def lr_at(self, step: int) -> float: ...
+
+    @abstractmethod
+    def backward(self, pieces: list[P], step: int) -> dict[str, Tensor]:
+        """Adds this rank's gradients to the parameters. Gives the step's metrics, `loss` among them, each a ()."""
+
+    def after_step(self) -> dict[str, float]:
+        """What there is to do and to say when the optimiser has changed the weights. Gives more metrics."""
+        return {}
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Metrics]:
+        """Metrics of every evaluation set, of the model as it is."""
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, where there is one. Gives the step to go on with.
+
+        Raises ConfigError where it belongs to another training, Corrupt where it cannot be read.
+        """
+        found = checkpoint.latest(self.out / "checkpoints")
+        if not found:
+            return 0
+        return checkpoint.load(found, self.config, self.fingerprint, self.model, self.optimizer, self.average)
+
+    def run(self, step: int) -> Ended:
+        """From step `step` to the last. Asked to stop, it ends the step under way, saves, and raises KeyboardInterrupt.
+
+        Raises Diverged where a loss is NaN or infinite.
+        """
+        if self.ranks.is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}
+            (self.out / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+            print(
+                f"{self.describe()}, steps {step} to {self.num_steps} of {self.samples_per_step}",
+                file=sys.stderr,
+            )
+        journal = Journal(
+            self.out, self.config, step, self.num_steps, self.samples_per_step, silent=not self.ranks.is_first
+        )
+        try:
+            metrics = self._steps(step, journal)
+            return Ended(metrics, self._evaluate(self.num_steps, journal), journal.speed(self.num_steps))
+        finally:
+            journal.close()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model with its averaged weights, where there are such, for a while."""
+        return self.average.in_place() if self.average else nullcontext()
+
+    def _steps(self, step: int, journal: Journal) -> dict[str, float]:
+        """Gives the metrics of the last step."""
+        metrics: dict[str, float] = {}
+        batches = self.batches(step)
+        with _stop_signals() as stop_asked:
+            while step < self.num_steps:
+                before = time.monotonic()
+                pieces = next(batches)
+                wait_s = time.monotonic() - before
+                metrics, stop = self._step(pieces, step, stop_asked())
+                journal.step(step, metrics, wait_s)
+                step += 1
+                last = step == self.num_steps
+                if last or stop or step % self.config.save_every_n_steps == 0:
+                    self._save(step)
+                if stop and not last:
+                    raise KeyboardInterrupt
+                every = self.config.eval_every_n_steps
+                if every and step % every == 0 and not last:
+                    self._evaluate(step, journal)
+        return metrics
+
+    def _step(self, pieces: list[P], step: int, stop: bool) -> tuple[dict[str, float], bool]:
+        """One step of the optimiser: the means over ranks of its metrics, and whether any rank was asked to stop."""
+        self.optimizer.zero_grad(set_to_none=True)
+        lr = self.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        parts = self.backward(pieces, step)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
+        told = torch.stack([*parts.values(), norm.detach(), torch.tensor(float(stop), device=self.ranks.device)])
+        *values, asked = self.ranks.mean(told).tolist()
+        metrics = dict(zip([*parts, "grad_norm"], values, strict=True))
+        if not all(map(math.isfinite, values)):
+            self._give_up(step, metrics, pieces)
+        self.optimizer.step()
+        metrics |= {"lr": lr} | self.after_step()
+        if self.average:
+            self.average.update(step)
+        return metrics, asked > 0
+
+    def _give_up(self, step: int, metrics: dict[str, float], pieces: list[P]) -> None:
+        keys = [key for piece in pieces for key in piece.keys]
+        path = self.out / f"diverged_step_{step}_rank_{self.ranks.rank}.json"
+        path.write_text(json.dumps({"step": step, "metrics": {k: str(v) for k, v in metrics.items()}, "keys": keys}))
+        bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
+        raise Diverged(
+            f"step {step}: {bad}; its {len(keys)} samples, from {keys[0]} to {keys[-1]}, are listed in {path}. "
+            f"No weight was changed by it. {self.remedy}; the newest checkpoint is from before"
+        )
+
+    def _evaluate(self, step: int, journal: Journal) -> dict[str, Metrics]:
+        """Of the averaged weights, where there are such. The first rank's work."""
+        if not self.ranks.is_first:
+            return {}
+        with self.averaged():
+            evaluated = self.evaluate()
+        if evaluated:
+            journal.write(step, _flat(evaluated))
+        return evaluated
+
+    def _save(self, step: int) -> None:
+        if self.ranks.is_first:
+            state = (self.model, self.optimizer, self.average)
+            checkpoint.save(self.out / "checkpoints", step, self.config, self.fingerprint, *state)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; the step under way is finished and saved first."""
+    came: list[int] = []
+    kept = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:
+    return {f"{name}/{metric}": value for name, found in evaluated.items() for metric, value in found.items()}
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def _software() -> dict[str, str]:
+    return {package: version(package) for package in _SOFTWARE}
