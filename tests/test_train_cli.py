@@ -16,21 +16,18 @@ from typer.testing import CliRunner
 from pipelines.experiments import lambda_sweep, steps
 from reinforce.config import Recipe
 from reinforce.errors import ConfigError
-from tests import tiny
+from tests import processes, tiny
 from tests.conftest import Reinforced
-from tests.processes import ROOT
+from tests.processes import ROOT, here
 from train.__main__ import app
 from train.config import TrainConfig
 
 SMALL = ["--set", "steps=2", "--set", "global_batch_size=8", "--set", "streams=4", "--set", "workers=0"]
 
 
-def python_m(*arguments: str) -> tuple[int, str, str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+def python_m(package: str, *arguments: str) -> tuple[int, str, str]:
+    """Those of `train` in this process, which saves loading torch each time."""
+    return here(app, *arguments) if package == "train" else processes.python_m(package, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +43,12 @@ def trained(reinforced: Reinforced, tmp_path_factory: pytest.TempPathFactory) ->
     assert "scans" in report and report["evaluated"]["own"]["num_images"] == 13
     assert "step 2/2, loss" in said and "samples/s" in said and "waiting for data" in said
     return out
+
+
+def test_in_a_process_of_its_own_it_is_the_same(trained: Path, reinforced: Reinforced) -> None:
+    for eval_set in (f"a={reinforced.shards.split('::')[0]}", "a=nowhere"):
+        arguments = ["eval", str(trained / "student"), eval_set, "--json"]
+        assert processes.python_m("train", *arguments) == here(app, *arguments)
 
 
 def test_eval(trained: Path, reinforced: Reinforced) -> None:

@@ -147,4 +147,22 @@ def create(name: str, seed: int = 0) -> Student:
             raise ConfigError(f"student {folder}: open_clip cannot build it: {error}") from error
         finally:
             logging.disable(logging.NOTSET)
+    _avoid_channels_last(model)
     return Student(Path(name).name, folder, model, get_tokenizer(f"local-dir:{folder}"))
+
+
+def _avoid_channels_last(model: nn.Module) -> None:
+    """Give strided 1x1 convolutions of a few channels, as in MobileCLIP's stem, their input in NCHW order.
+
+    In channels-last order the gradient of their weights writes past a buffer on a CPU with AVX2 (torch 2.13 with oneDNN
+    3.12): a training ends in a segmentation fault, or goes on with damaged memory.
+    """
+    for module in model.modules():
+        strided_1x1 = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
+        if strided_1x1 and module.in_channels % 8:
+            module.register_forward_pre_hook(_contiguous_on_cpu)
+
+
+def _contiguous_on_cpu(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    (images,) = inputs
+    return images.contiguous() if images.device.type == "cpu" else images
