@@ -142,11 +142,11 @@ def batch_loss(
         parts[name] = parts[name] + value if name in parts else value
 
     for text_set, text in zip(batch.tokens, outputs.text["features"], strict=True):
-        said = [
+        pairs = [
             TeacherPairs(batch.image_targets[name], batch.text_targets[text_set][name], facts.logit_scale)
             for name, facts in teachers.items()
         ]
-        losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, said)
+        losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, pairs)
         add("contrastive", losses.contrastive)
         if teachers:
             add("distill", losses.distill)
