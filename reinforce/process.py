@@ -74,8 +74,10 @@ def errors_only() -> Iterator[None]:
 
 
 def ray_environment() -> None:
-    """Ray reads this when it is imported: it sends no usage statistics where the user does not ask for them."""
+    """Ray reads these when it is imported: it sends no usage statistics where the user does not ask for them, and a
+    worker without a GPU of its own keeps the cards that it sees, as Ray is going to have it (until then, Ray warns)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def import_torchvision() -> None:

@@ -15,8 +15,8 @@ from reinforce.config import Recipe, RunOptions
 from reinforce.run import driver
 from tests import tiny
 
-# Files that `make test-fast` leaves out: Ray, trainings, exports, processes of their own. In other files single tests are
-# marked as heavy. A file that is named to pytest runs whole.
+# Files that `make test-fast` leaves out: Ray, trainings, exports, processes of their own. In other files, single tests
+# are marked as heavy. A file that is named to pytest runs whole.
 HEAVY = {
     "test_adapt",
     "test_api",

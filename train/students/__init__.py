@@ -8,7 +8,6 @@ weights as well, such as an export, is a student that goes on learning from ther
 """
 
 import difflib
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reinforce import process
 from reinforce.errors import ConfigError
 from reinforce.models import tensorfile
 from reinforce.models.open_clip import get_tokenizer, open_clip
@@ -136,8 +136,8 @@ def create(name: str, seed: int = 0) -> Student:
     """A student with the weights of its folder, or, where there are none, with new ones drawn from `seed`."""
     folder = find(name)
     has_weights = (folder / WEIGHTS).is_file()
-    logging.disable(logging.WARNING)  # open_clip warns that there are no weights, which is what was asked for
-    with torch.random.fork_rng(devices=[]):
+    # open_clip warns that there are no weights, which is what was asked for.
+    with process.errors_only(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model = open_clip.create_model(
@@ -145,8 +145,6 @@ def create(name: str, seed: int = 0) -> Student:
             )
         except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what open_clip raises on an odd config
             raise ConfigError(f"student {folder}: open_clip cannot build it: {error}") from error
-        finally:
-            logging.disable(logging.NOTSET)
     _avoid_channels_last(model)
     return Student(Path(name).name, folder, model, get_tokenizer(f"local-dir:{folder}"))
 
@@ -158,8 +156,7 @@ def _avoid_channels_last(model: nn.Module) -> None:
     3.12): a training ends in a segmentation fault, or goes on with damaged memory.
     """
     for module in model.modules():
-        strided_1x1 = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
-        if strided_1x1 and module.in_channels % 8:
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) != module.stride and module.in_channels % 8:
             module.register_forward_pre_hook(_contiguous_on_cpu)
 
 
