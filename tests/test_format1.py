@@ -162,5 +162,5 @@ def test_a_classifier_says_what_it_said() -> None:
     with tarfile.open("labelled/test/0.tar") as tar:
         tar.extractall(filter="data")
     for picture, shares in expected["classified"].items():
-        found = answer(train, "classify", "classifier", picture)[picture]
+        found = answer(train, "classify", "classifier", picture)["classified"][picture]
         assert found == pytest.approx(dict(zip(["red", "blue"], shares, strict=True)), abs=1e-4)
