@@ -86,7 +86,7 @@ test: setup ## the tests, a few minutes; JOBS=0 runs them in one process
 	@$(PY) -m pytest $(SIDE_BY_SIDE)
 
 test-fast: setup ## the tests of an edit loop, in less than a minute: no Ray, no training, no other process
-	@$(PY) -m pytest -m '$(FAST)'
+	@$(PY) -m pytest $(SIDE_BY_SIDE) -m '$(FAST)'
 
 test-slow: setup ## the tests at full architecture size: memory and minutes
 	@$(PY) -m pytest -m slow

@@ -32,6 +32,7 @@ HEAVY = {
     "test_latency",
     "test_process",
     "test_s3",
+    "test_samples",
     "test_students",
     "test_train_cli",
     "test_trainer",

@@ -130,7 +130,7 @@ def test_prompts_of_another_model_are_refused(recipe: Recipe, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="holds no prompts"):
         prompts.load(path, "x", "0" * 64)
     path.write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="cannot be read.*python -m train adapt"):
+    with pytest.raises(ConfigError, match="cannot be read.*clip-train adapt"):
         prompts.load(path, "x", "0" * 64)
 
 
