@@ -57,7 +57,8 @@ def print_tree(tree: dict[str, Any], indent: str = "") -> None:
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Exit code 2 for a wrong request, 1 for what went wrong on the way, each with a sentence on stderr."""
+    """Exit code 2 for a wrong request, 1 for what went wrong on the way, each with a sentence on stderr; in
+    commands of typer and in others."""
     try:
         yield
     except ReinforceError as error:
@@ -65,7 +66,7 @@ def errors_as_sentences() -> Iterator[None]:
         request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
             error, Corrupt
         )
-        raise typer.Exit(2 if request_was_wrong else 1) from None
+        raise SystemExit(2 if request_was_wrong else 1) from None
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
