@@ -169,10 +169,10 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe) -> None:
 
 
 def _models(models: dict[str, Any]) -> str:
-    def told(model: Model) -> str:
+    def described(model: Model) -> str:
         return model.model + (f",{model.pretrained}" if model.pretrained else "")
 
-    return "; ".join(f"{name} ({told(model)})" for name, model in models.items()) or "none"
+    return "; ".join(f"{name} ({described(model)})" for name, model in models.items()) or "none"
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
     ├── ShardError (OSError)            a tar cannot be read to its end
     ├── SampleError (ValueError)        one image or caption cannot be used; goes to quarantine
     ├── ReplayError (ValueError)        view parameters and image do not belong together
-    ├── Diverged (ArithmeticError)      training met a loss that is no number
+    ├── Diverged (ArithmeticError)      a loss is NaN or infinite
     └── StoreError
         ├── ManifestMismatch            the store promises something other than was asked
         ├── NotCommitted (LookupError)  the column is not there (yet)

@@ -97,7 +97,7 @@ def _json(path: Path) -> Any:
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """What a recipe's file defines. It is a program: whatever it raises is told as a fault of the recipe."""
+    """What a recipe's file defines. It is a program: whatever it raises is reported as a fault of the recipe."""
     try:
         return runpy.run_path(str(path))
     except ValidationError as error:

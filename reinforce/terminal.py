@@ -57,8 +57,7 @@ def print_tree(tree: dict[str, Any], indent: str = "") -> None:
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Exit code 2 for a wrong request, 1 for what went wrong on the way, each with a sentence on stderr; in
-    commands of typer and in others."""
+    """Exit code 2 for a wrong request, 1 for what went wrong on the way, each with a sentence on stderr."""
     try:
         yield
     except ReinforceError as error:
@@ -66,7 +65,7 @@ def errors_as_sentences() -> Iterator[None]:
         request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
             error, Corrupt
         )
-        raise SystemExit(2 if request_was_wrong else 1) from None
+        sys.exit(2 if request_was_wrong else 1)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+        sys.exit(130)

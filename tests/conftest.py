@@ -1,8 +1,11 @@
 import os
 
-# Read once, when these libraries are first imported.
+# Read once, when these libraries are first imported; the commands that tests start inherit them. One thread: the models
+# are tiny, and two processes of tests run side by side.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("RAY_ADDRESS", None)  # a cluster of the user's is none of the tests'
 
 from dataclasses import dataclass
 
@@ -11,6 +14,35 @@ import pytest
 from reinforce.config import Recipe, RunOptions
 from reinforce.run import driver
 from tests import tiny
+
+# Files that `make test-fast` leaves out: Ray, trainings, exports, processes of their own. In other files, single tests
+# are marked as heavy. A file that is named to pytest runs whole.
+HEAVY = {
+    "test_adapt",
+    "test_api",
+    "test_broken",
+    "test_chaos",
+    "test_cluster",
+    "test_comkd_journey",
+    "test_distilled",
+    "test_docs",
+    "test_door",
+    "test_driver",
+    "test_export",
+    "test_latency",
+    "test_process",
+    "test_s3",
+    "test_students",
+    "test_train_cli",
+    "test_trainer",
+    "test_wheel",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in HEAVY:
+            item.add_marker(pytest.mark.heavy)
 
 
 @pytest.fixture(scope="session")

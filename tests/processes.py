@@ -1,4 +1,5 @@
-"""The real command in processes that can be found and killed: all of a run carry a mark in their environment."""
+"""The real commands: in this process, in one of their own, and in processes that can be found and killed, because all
+of a run carry a mark in their environment."""
 
 import os
 import signal
@@ -8,7 +9,25 @@ import time
 import uuid
 from pathlib import Path
 
+import typer
+from typer.testing import CliRunner
+
 ROOT = Path(__file__).parent.parent
+
+
+def here(app: typer.Typer, *arguments: str) -> tuple[int, str, str]:
+    """A command in this process: exit code, stdout, stderr. An error that it turns into no sentence is raised."""
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def python_m(*arguments: str) -> tuple[int, str, str]:
+    """`python -m ...` in a process of its own: exit code, stdout, stderr."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 class Run:

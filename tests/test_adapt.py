@@ -293,7 +293,7 @@ def test_what_is_said_of_a_teacher_holds_for_the_one_that_reinforces(asked: Adap
     with torch.no_grad():
         features = F.normalize(model.model.encode_image(pixels), dim=-1)
     texts = classifier.class_texts(str(tmp_path / "s"), "kinds", "vit").features
-    assert base_to_novel(features, torch.tensor(seen.said), texts) == pytest.approx(said)
+    assert base_to_novel(features, torch.tensor(seen.truth), texts) == pytest.approx(said)
 
 
 def test_base_to_novel_by_hand() -> None:

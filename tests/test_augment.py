@@ -166,6 +166,7 @@ def test_operations_and_signs_are_drawn_evenly() -> None:
 # A function of its name
 
 
+@pytest.mark.heavy
 def test_a_draw_is_the_same_in_any_order_and_in_another_process() -> None:
     alone = np.array([draw(i) for i in range(8)])
     np.testing.assert_array_equal([draw(i) for i in reversed(range(8))], alone[::-1])

@@ -1,26 +1,20 @@
 """What a user types and sees: exit codes, sentences on stderr, exactly one JSON object on stdout."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from reinforce.__main__ import app
 from reinforce.config import Recipe, RunOptions
 from reinforce.run import driver
 from tests import tiny
-from tests.processes import ROOT
+from tests.processes import here, python_m
 
 
 def reinforce(*arguments: str) -> tuple[int, str, str]:
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "reinforce", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr
+    return here(app, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +25,13 @@ def made(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     (folder / "recipe.json").write_text(recipe.model_dump_json())
     driver.run(tar, str(folder / "s"), recipe, RunOptions(workers="0", device="cpu", max_invalid=0.5))
     return tar, str(folder / "s"), str(folder / "recipe.json")
+
+
+@pytest.mark.heavy
+def test_in_a_process_of_its_own_it_is_the_same(made: tuple[str, str, str]) -> None:
+    _, store, _ = made
+    for arguments in (["info", store, "--json"], ["info", store, "--quarantine"], ["info", f"{store}/none"]):
+        assert python_m("reinforce", *arguments) == reinforce(*arguments)
 
 
 def test_info(made: tuple[str, str, str]) -> None:

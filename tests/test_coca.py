@@ -1,7 +1,7 @@
 """The cached decoding writes what open_clip's model, run on the whole text at every step, would write."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -77,15 +77,6 @@ def random_images(num: int, size: int = 32, seed: int = 0) -> Tensor:
 
 def random_uniforms(num: int, knobs: Captioner, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((num, knobs.num_captions, knobs.max_tokens))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices are small here: two threads cost more than they bring, and on a busy machine far more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.inference_mode()
@@ -176,6 +167,7 @@ def check_published(name: str) -> None:
     assert torch.equal(tokens, uncached(model, images, knobs, uniforms, 49406, 49407))
 
 
+@pytest.mark.heavy
 def test_published_architecture() -> None:
     check_published("coca_ViT-B-32")
 

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from reinforce.config import ClassSet, Recipe, RunOptions
 from reinforce.data import shards
+from reinforce.data.images import decode
 from reinforce.errors import ConfigError, StoreError
+from reinforce.models import tensorfile
 from reinforce.run import driver
 from reinforce.store.columns import CLASSES
 from reinforce.store.store import Store
@@ -29,6 +31,7 @@ from train.data.loader import Batch, Loader
 from train.data.sources import source_of
 from train.evaluation.sets import EvalSet, write_classification_set
 from train.objective import backward
+from train.trained import load
 from train.trainer import fit
 
 NAMES = ["hat", "shoe", "skirt"]
@@ -125,18 +128,69 @@ def test_classify_and_eval_from_the_command_line(made: Made, tmp_path: Path) -> 
     fit(config(made, steps=2, comkd={"num_prompts": 2}), tmp_path / "a")
     (tmp_path / "x.jpg").write_bytes(tiny.picture(3))
     student = str(tmp_path / "a/student")
-    said = json.loads(CliRunner().invoke(app, ["classify", student, str(tmp_path / "x.jpg"), "--json"]).stdout)
-    shares = said[str(tmp_path / "x.jpg")]
+    ran = CliRunner().invoke(app, ["classify", student, str(tmp_path / "x.jpg"), "--json"])
+    found = json.loads(ran.stdout)
+    shares = found["classified"][str(tmp_path / "x.jpg")]
     assert set(shares) == set(NAMES) and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert found["failed"] == {} and ran.exit_code == 0
     scores = json.loads(CliRunner().invoke(app, ["eval", student, f"test={made.test}", "--json"]).stdout)
     assert "hm" in scores["test"]
     wrong = CliRunner().invoke(app, ["classify", made.student, str(tmp_path / "x.jpg")])
     assert wrong.exit_code == 2 and "student trained with comkd" in wrong.stderr
 
 
+def test_an_image_that_cannot_be_read_costs_no_other(made: Made, tmp_path: Path) -> None:
+    trainee(config(made)).save(tmp_path / "a")
+    names = ["cut.jpg", "a.jpg", "none.jpg", "text.jpg", "b.jpg"]
+    cut, first, _, text, last = paths = [tmp_path / name for name in names]
+    cut.write_bytes(tiny.picture(1)[:300])
+    text.write_text("<html>")
+    first.write_bytes(tiny.picture(2))
+    last.write_bytes(tiny.picture(3))
+    ran = CliRunner().invoke(app, ["classify", str(tmp_path / "a"), *map(str, paths), "--device", "cpu", "--json"])
+    found = json.loads(ran.stdout)
+    assert ran.exit_code == 1
+    assert list(found["classified"]) == [str(first), str(last)]
+    assert list(found["failed"]) == [str(tmp_path / name) for name in ("cut.jpg", "none.jpg", "text.jpg")]
+    assert f"error: {tmp_path}/none.jpg: No such file or directory; give image files" in ran.stderr
+    loaded = classifier.load(tmp_path / "a")
+    expected = loaded.classify([decode(last.read_bytes())])[0]
+    shares = found["classified"][str(last)]
+    assert shares == {NAMES[i]: pytest.approx(expected[i].item(), abs=1e-4) for i in range(3)}
+    plain = CliRunner().invoke(app, ["classify", str(tmp_path / "a"), *map(str, paths), "--device", "cpu"])
+    assert plain.exit_code == 1 and plain.stdout.startswith(f"{first}:") and "none.jpg" not in plain.stdout
+
+
+def test_nobody_asks_which_kind_of_student_it_is(made: Made, tmp_path: Path) -> None:
+    trainee(config(made)).save(tmp_path / "a")
+    loaded = load(str(tmp_path / "a"))
+    assert isinstance(loaded, classifier.Classifier) and not any(module.training for module in loaded.modules())
+    scores = [loaded.evaluate({"test": EvalSet(made.test)}, batch_size)["test"] for batch_size in (1, 256)]
+    assert scores[0] == scores[1]
+    loaded.save(tmp_path / "b")
+    (ours, said), (again, said_again) = (tensorfile.load(tmp_path / name / classifier.FILE) for name in "ab")
+    assert said == said_again and ours.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in ours.items())
+    plain = load(made.student)
+    assert isinstance(plain, students.Student) and not plain.module.training
+
+
+def test_a_damaged_classifier_gets_a_sentence(made: Made, tmp_path: Path) -> None:
+    trainee(config(made)).save(tmp_path / "a")
+    path = tmp_path / "a" / classifier.FILE
+    tensors, metadata = tensorfile.load(path)
+    for content in ({}, metadata | {"classnames": "hat, shoe"}):
+        tensorfile.save(tensors, path, content)
+        with pytest.raises(ConfigError, match=r"comkd.safetensors cannot be used: .*student trained with comkd"):
+            load(str(tmp_path / "a"))
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match=r"comkd.safetensors cannot be used: .*student trained with comkd"):
+        load(str(tmp_path / "a"))
+
+
 def test_a_student_begun_from_a_classifier_is_none_itself(made: Made, tmp_path: Path) -> None:
     trainee(config(made)).save(tmp_path / "a")
-    students.save(students.create(str(tmp_path / "a")), tmp_path / "b")
+    students.create(str(tmp_path / "a")).save(tmp_path / "b")
     of_a, of_b = ({path.name for path in (tmp_path / name).iterdir()} for name in "ab")
     assert of_a - of_b == {classifier.FILE} and of_b <= of_a
 

@@ -49,8 +49,9 @@ def test_golden_values() -> None:
     assert uniforms(**NAME, num=4).tolist() == expected
 
 
+@pytest.mark.heavy
 def test_the_same_in_another_process() -> None:
-    code = f"from reinforce.draws import uniforms; print(uniforms(**{NAME!r}, num=30).tolist())"
+    code = f"from reinforce.data.draws import uniforms; print(uniforms(**{NAME!r}, num=30).tolist())"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(there) == uniforms(**NAME, num=30).tolist()
 

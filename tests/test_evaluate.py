@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from reinforce.data import images, shards
 from reinforce.errors import ConfigError, MissingExtra, ShardError
 from reinforce.models.open_clip import open_clip
+from reinforce.models.pixels import Normaliser
 from tests import tiny
 from train import students
 from train.evaluation import metrics as ev
@@ -143,6 +144,21 @@ def test_images_are_what_the_students_transform_makes_of_them(student: Student, 
         assert [len(batch) for batch in seen] == [2, 1]
 
 
+def test_the_normaliser_is_the_plain_arithmetic_bit_for_bit(student: Student) -> None:
+    """Images may come with channels first or last; mean and std move with the module and are not saved."""
+    cfg = student.preprocess_cfg | {"mean": (0.48, 0.45, 0.4), "std": (0.26, 0.25, 0.27)}
+    normaliser = Normaliser(cfg)
+    last = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    first = last.permute(0, 3, 1, 2)
+    expected = (first.float() / 255 - mean) / std
+    for pixels in (first, first.contiguous()):
+        found = normaliser(pixels)
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert found.is_contiguous() and not normaliser(first).is_contiguous()  # the layout stays, and convolutions see it
+    assert not normaliser.state_dict() and normaliser.to("meta").mean.is_meta
+
+
 class Spy(nn.Module):
     def __init__(self, preprocess_cfg: dict, seen: list[Tensor]) -> None:
         super().__init__()
@@ -211,7 +227,7 @@ def test_a_set_comes_back_as_it_was_written(student: Student, tmp_path: Path) ->
     assert eval_set.prompts is not None
     assert eval_set.prompts[2] == ["a photo of a red {fox}.", "red {fox} and {nothing} else"]
     loaded = eval_set.load(student.preprocess_cfg)
-    assert (loaded.said, loaded.num_skipped) == ([0, 1, 2, 0, 1, 2], 0)
+    assert (loaded.truth, loaded.num_skipped) == ([0, 1, 2, 0, 1, 2], 0)
     assert {(image.dtype, tuple(image.shape)) for image in loaded.images} == {(torch.uint8, (3, 64, 64))}
     assert eval_set.load(student.preprocess_cfg) is loaded
     assert eval_set.load(student.preprocess_cfg | {"size": 32}).images[0].shape == (3, 32, 32)
@@ -228,7 +244,7 @@ def test_webdataset_reads_what_was_written_as_clip_benchmark_does(tmp_path: Path
 
 def test_a_set_may_lie_behind_a_url(student: Student) -> None:
     write_classification_set("memory://bucket/set", CLASSES, TEMPLATES, [("a", {"jpg": tiny.picture(0)}, 2)])
-    assert EvalSet("memory://bucket/set/").load(student.preprocess_cfg).said == [2]
+    assert EvalSet("memory://bucket/set/").load(student.preprocess_cfg).truth == [2]
 
 
 def retrieval_set(folder: Path, samples: list[tuple[str, dict[str, bytes]]]) -> str:
@@ -244,7 +260,7 @@ def test_a_line_is_a_caption_in_clip_benchmarks_layout(student: Student, tmp_pat
         ("b", {"png": tiny.picture(1), "txt": b"three"}),
     ]
     url = retrieval_set(tmp_path, samples)
-    assert EvalSet(url).load(student.preprocess_cfg).said == [("one", "two words"), ("three",)]
+    assert EvalSet(url).load(student.preprocess_cfg).truth == [("one", "two words"), ("three",)]
     metrics = ev.evaluate(student, {"r": EvalSet(url)})["r"]
     assert (metrics["num_images"], metrics["num_texts"], metrics["num_skipped"]) == (2, 3, 0)
 
@@ -255,7 +271,7 @@ def test_tars_of_a_training_set_give_all_their_captions(student: Student, tmp_pa
         parts = {"jpg": tiny.picture(0), "txt": f"one\n{name}".encode(), "json": many}
         shards.write(str(tmp_path / f"{name}.tar"), [("key", parts)])
     loaded = EvalSet(f"{tmp_path}/a.tar::{tmp_path}/b.tar").load(student.preprocess_cfg)
-    assert loaded.said == [("one a", "two", "three"), ("one b", "two", "three")]
+    assert loaded.truth == [("one a", "two", "three"), ("one b", "two", "three")]
 
 
 def test_what_cannot_be_used_is_skipped_counted_and_said(
@@ -272,7 +288,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_said(
     ]
     with caplog.at_level(logging.WARNING):
         loaded = EvalSet(retrieval_set(tmp_path, samples)).load(student.preprocess_cfg)
-    assert (loaded.said, len(loaded.images), loaded.num_skipped) == ([("good",)], 1, 5)
+    assert (loaded.truth, len(loaded.images), loaded.num_skipped) == ([("good",)], 1, 5)
     assert (
         "5 of 6 samples skipped: empty_caption 2, truncated_image 1, missing_image 1, caption_not_utf8 1" in caplog.text
     )
@@ -306,13 +322,19 @@ def _text(name: str, text: str) -> Any:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "classnames.txt").unlink(), "set/classnames.txt: not found; write one class a line"),
+        (
+            lambda folder: (folder / "classnames.txt").unlink(),
+            "set/classnames.txt: not found; write one class per line",
+        ),
         (_text("classnames.txt", "cat\n"), "set/classnames.txt: has to name at least two classes"),
         (_text("classnames.txt", "cat\n\ndog\nfox\n"), "no line empty"),
-        (_text("classnames.txt", "cat\ndog\n"), "002.cls: label 2, and classnames.txt names 2 classes, from 0"),
+        (_text("classnames.txt", "cat\ndog\n"), "002.cls: label 2, and classnames.txt names 2 classes, counted from 0"),
         (_text("zeroshot_classification_templates.txt", "{c}\na photo\n"), "'a photo' has no place for the class"),
-        (_text("zeroshot_classification_templates.txt", "\n"), "is empty; write one template a line"),
-        (_text("dataset_type.txt", "multilabel"), "set/dataset_type.txt: says 'multilabel'; sets of kind"),
+        (_text("zeroshot_classification_templates.txt", "\n"), "is empty; write one template per line"),
+        (
+            _text("dataset_type.txt", "multilabel"),
+            "set/dataset_type.txt: says 'multilabel'; write classification or retrieval",
+        ),
         (
             lambda folder: (folder / "test/nshards.txt").unlink(),
             "set/test/nshards.txt: not found; an evaluation set is",
@@ -321,8 +343,8 @@ def _text(name: str, text: str) -> Any:
         (_text("test/nshards.txt", "0"), "set/test/nshards.txt: says '0'"),
         (_text("test/nshards.txt", "3"), "set/test/nshards.txt: says 3, and 2.tar is not there"),
         (_text("test/nshards.txt", "1"), "set/test/nshards.txt: says 1, and 1.tar is there as well"),
-        (_tar([("a", {"jpg": b""})]), "0.tar: a.cls is missing or no number"),
-        (_tar([("a", {"jpg": b"", "cls": b"cat"})]), "0.tar: a.cls is missing or no number"),
+        (_tar([("a", {"jpg": b""})]), "0.tar: a.cls is missing or not a number"),
+        (_tar([("a", {"jpg": b"", "cls": b"cat"})]), "0.tar: a.cls is missing or not a number"),
         (_tar([("a", {"jpg": b"", "cls": b"-1"})]), "a.cls: label -1"),
     ],
 )

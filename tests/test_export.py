@@ -1,5 +1,5 @@
+import copy
 import dataclasses
-import importlib
 import json
 import shutil
 import sys
@@ -48,8 +48,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     torch.manual_seed(0)
     student = trained(request.param)
     out = tmp_path_factory.mktemp("export") / request.param
-    report = export.export(student, out, *export.noise(student))
+    report = student.export(out)
     yield SimpleNamespace(student=student, out=out, report=report)
+
+
+def load(folder: Path) -> Student:
+    return students.create(str(folder))
 
 
 def frozen(student: Student) -> Student:
@@ -134,7 +138,7 @@ def test_the_towers_in_onnx_are_folded(exported: SimpleNamespace) -> None:
 def checked(exported: SimpleNamespace, folder: Path) -> list[str]:
     student = frozen(exported.student)
     try:
-        return export.check(student, folder, *export.noise(student)).faults
+        return export.check(student, folder, load).faults
     finally:
         student.model.train()
 
@@ -168,7 +172,7 @@ def test_other_preprocessing_is_found(exported: SimpleNamespace, tmp_path: Path)
     config = json.loads((folder / students.CONFIG).read_text())
     config["preprocess_cfg"] |= {"mean": [0.5] * 3}
     (folder / students.CONFIG).write_text(json.dumps(config))
-    assert any("preprocessing is" in fault for fault in checked(exported, folder))
+    assert any("preprocess is" in fault for fault in checked(exported, folder))
 
 
 def test_an_embedding_that_is_no_number_is_a_fault(exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +185,7 @@ def test_an_embedding_that_is_no_number_is_a_fault(exported: SimpleNamespace, mo
 
 @pytest.fixture
 def no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_write_onnx", lambda student, folder: None)
+    monkeypatch.setattr(export, "_write", lambda graph, path: None)
 
 
 def test_an_export_that_disagrees_is_reported_and_not_put_in_place(
@@ -189,7 +193,7 @@ def test_an_export_that_disagrees_is_reported_and_not_put_in_place(
 ) -> None:
     student = students.create("vit_tiny")
     monkeypatch.setattr(export, "_run_onnx", lambda path, inputs: torch.eye(4, 128))
-    report = export.export(student, tmp_path / "out", *export.noise(student))
+    report = student.export(tmp_path / "out")
     assert len(report.faults) == 2
     assert report.folder == str(tmp_path / "out.partial")
     assert not (tmp_path / "out").exists()
@@ -201,20 +205,21 @@ def test_an_export_that_fails_leaves_nothing_that_looks_whole_and_does_not_hinde
 ) -> None:
     student = students.create("vit_tiny")
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.NoSuchFile):
-        export.export(student, tmp_path / "out", *export.noise(student))
+        student.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out.partial/left over").touch()
     (tmp_path / "out").mkdir()  # an empty one is no obstacle
-    right = dict(zip(("image", "text"), embeddings(student), strict=True))
+    right = embeddings(student)
     monkeypatch.setattr(export, "_run_onnx", lambda path, inputs: right[path.stem])
-    assert export.export(student, tmp_path / "out", *export.noise(student)).faults == []
+    assert student.export(tmp_path / "out").faults == []
     assert not (tmp_path / "out/left over").exists() and not (tmp_path / "out.partial").exists()
 
 
-def embeddings(student: Student) -> tuple[torch.Tensor, torch.Tensor]:
-    pictures, texts = export.noise(student)
-    student.model.eval()
-    return export.embed_images(student, pictures, 32), export.embed_texts(student, texts, 32)
+def embeddings(student: Student) -> dict[str, torch.Tensor]:
+    model = copy.deepcopy(student.model).eval()
+    with torch.no_grad():
+        out = model(student.probe(), student.tokenizer(list(students.SENTENCES)))
+    return {tower: out[f"{tower}_features"] for tower in ("image", "text")}
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -226,20 +231,22 @@ def test_nothing_is_overwritten(kind: str, tmp_path: Path) -> None:
         path = path / "precious"
     path.write_text("mine")
     with pytest.raises(ConfigError, match="out: is there already; export to another folder"):
-        export.export(student, tmp_path / "out", *export.noise(student))
+        student.export(tmp_path / "out")
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_without_the_extra_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_there_is_a_sentence_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(sys.modules, "train.export")
     with pytest.raises(MissingExtra, match=r"onnxruntime is not installed.*'clip-reinforce\[export\]'"):
-        importlib.import_module("train.export")
+        students.create("vit_tiny").export(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_every_student_of_the_table_exports(name: str, tmp_path: Path) -> None:
     student = students.create(name)
-    report = export.export(student, tmp_path / name, *export.noise(student))
+    report = student.export(tmp_path / name)
     assert report.faults == []

@@ -17,7 +17,7 @@ GROUND = {"reinforce.config", "reinforce.errors"}
 SAMPLES = {"reinforce.data"} | GROUND
 # What a place may import besides itself. A place is a module of a package, or one of its folders.
 SEES = {
-    "reinforce.__init__": set(),
+    "reinforce.__init__": {"reinforce.run", "reinforce.store", "reinforce.recipes"} | GROUND,
     "reinforce.__main__": {"reinforce.run", "reinforce.check", "reinforce.recipes", "reinforce.terminal"} | GROUND,
     "reinforce.run": {"reinforce.models", "reinforce.store", "reinforce.progress", "reinforce.process"} | SAMPLES,
     "reinforce.check": {"reinforce.models", "reinforce.store"} | SAMPLES,

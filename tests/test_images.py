@@ -178,6 +178,7 @@ def test_the_most_pixels_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None
             decode(encode(Image.new("RGB", (101, 1)), format))
 
 
+@pytest.mark.heavy
 def test_no_warning_leaks() -> None:
     script = (
         "from tests.odd import odd_images\n"

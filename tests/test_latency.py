@@ -1,6 +1,7 @@
 """Rows for every tower, size and batch; what is counted is what is done; folded, in eval mode."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
@@ -13,9 +14,11 @@ from train.students import scan
 
 
 @pytest.fixture(autouse=True)
-def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(latency, "WARM_UP", 1)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def test_rows_for_every_tower_size_and_batch(caplog: pytest.LogCaptureFixture) -> None:

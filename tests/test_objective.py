@@ -93,7 +93,7 @@ def test_batch_norms_count_each_piece_once(reinforced: Reinforced) -> None:
     pieces = batches(config, source, 2)
     means = []
     for piece in pieces:
-        pixels = (piece.images.permute(0, 3, 1, 2).float() / 255 - trainee.mean) / trainee.std
+        pixels = trainee.pixels(piece.images)
         with torch.no_grad():
             patches = nn.functional.conv2d(pixels, trainee.model.visual.conv1.weight, stride=16)
             means.append(patches.mean((0, 2, 3)))

@@ -21,6 +21,13 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_what_is_under_a_prefix_goes_by_the_rest_of_its_name() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    tensors = {"head/a": a, "head/b/head/c": b, "header/a": b, "other/head/a": b, "head": b}
+    assert tensorfile.under("head", tensors) == {"a": a, "b/head/c": b}
+    assert tensorfile.under("none", tensors) == {}
+
+
 def test_others_may_read_it_as_any_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     (tmp_path / "a.partial").touch(0o600)  # of a write that was cut off

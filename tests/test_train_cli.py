@@ -9,24 +9,25 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
 from pipelines.experiments import lambda_sweep, steps
 from reinforce.config import Recipe
 from reinforce.errors import ConfigError
-from tests import tiny
+from tests import processes, tiny
 from tests.conftest import Reinforced
-from tests.processes import ROOT
+from tests.processes import ROOT, here
+from train.__main__ import app
 from train.config import TrainConfig
 
 SMALL = ["--set", "steps=2", "--set", "global_batch_size=8", "--set", "streams=4", "--set", "workers=0"]
 
 
-def python_m(*arguments: str) -> tuple[int, str, str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+def python_m(package: str, *arguments: str) -> tuple[int, str, str]:
+    """Those of `train` in this process, which saves loading torch each time."""
+    return here(app, *arguments) if package == "train" else processes.python_m(package, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,12 @@ def trained(reinforced: Reinforced, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+def test_in_a_process_of_its_own_it_is_the_same(trained: Path, reinforced: Reinforced) -> None:
+    for eval_set in (f"a={reinforced.shards.split('::')[0]}", "a=nowhere"):
+        arguments = ["eval", str(trained / "student"), eval_set, "--json"]
+        assert processes.python_m("train", *arguments) == here(app, *arguments)
+
+
 def test_eval(trained: Path, reinforced: Reinforced) -> None:
     tars = reinforced.shards.split("::")
     code, told, _ = python_m("train", "eval", str(trained / "student"), f"a={tars[0]}", f"b={tars[1]}", "--json")
@@ -51,6 +58,32 @@ def test_eval(trained: Path, reinforced: Reinforced) -> None:
     found = json.loads(told)
     assert found["a"] == json.loads((trained / "report.json").read_text())["evaluated"]["own"]
     assert found["b"]["num_skipped"] == 2
+
+
+def test_eval_in_half_precision_is_near(trained: Path, reinforced: Reinforced) -> None:
+    asked = ["eval", str(trained / "student"), f"a={reinforced.shards.split('::')[0]}", "--device", "cpu", "--json"]
+    ran = CliRunner().invoke(app, [*asked, "--precision", "amp_bf16", "--batch-size", "3"])
+    assert ran.exit_code == 0, ran.stderr
+    full = json.loads((trained / "report.json").read_text())["evaluated"]["own"]
+    assert json.loads(ran.stdout)["a"] == pytest.approx(full, abs=0.2)  # 13 images: two of them may move
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_card_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    """The folder, the set and the image do not exist either."""
+    nowhere = str(tmp_path / "nowhere")
+    for arguments in (["eval", nowhere, f"a={nowhere}"], ["classify", nowhere, nowhere], ["latency", nowhere]):
+        ran = CliRunner().invoke(app, [*arguments, "--device", "cuda"])
+        assert (ran.exit_code, ran.stdout) == (2, "")
+        assert "device cuda was asked for, and torch" in ran.stderr and "finds no GPU" in ran.stderr
+
+
+def test_every_option_of_the_commands_for_students_has_help() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("eval", "export", "classify", "latency"):
+        assert commands[name].help
+        missing = [parameter.name for parameter in commands[name].params if not getattr(parameter, "help", None)]
+        assert not missing, (name, missing)
 
 
 def test_export(trained: Path, tmp_path: Path) -> None:
@@ -88,6 +121,15 @@ def test_experiments_name_themselves_and_refuse_with_a_sentence(tmp_path: Path) 
     assert code == 2 and "lambda_sweep" in said and "sample" in said
     code, out, said = python_m("pipelines", "lambda_sweep", "--data", "nowhere", "--out", str(tmp_path))
     assert (code, out) == (2, "") and said.startswith("error: nowhere: no tars") and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("name", ["comkd", "sample"])
+def test_outside_a_checkout_it_is_said_where_the_samples_are(name: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipelines", name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: no samples/train here")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")

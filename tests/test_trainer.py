@@ -58,10 +58,6 @@ def command(config: TrainConfig, out: Path, folder: Path) -> list[str]:
     return ["train", "fit", *asked]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def test_what_a_run_leaves(reinforced: Reinforced, tmp_path: Path) -> None:
     asked = config(reinforced, eval_sets={"own": reinforced.shards.split("::")[0]}, report_to=["tensorboard"])
     report = fit(asked, tmp_path / "run")
@@ -97,11 +93,10 @@ def test_killed_in_mid_epoch_and_resumed_it_is_the_same_curve(
     reinforced: Reinforced, tmp_path: Path, ema_decay: float
 ) -> None:
     asked = config(reinforced, steps=40, save_every_n_steps=3, ema_decay=ema_decay, feature_mse=0.5)
-    torch.set_num_threads(1)
     fit(asked, tmp_path / "whole")
     run = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", *command(asked, run, tmp_path)], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+        [sys.executable, "-m", *command(asked, run, tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
         time.sleep(0.01)
@@ -124,7 +119,6 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(
     process = subprocess.Popen(
         [sys.executable, "-m", *command(asked, run, tmp_path)],
         cwd=ROOT,
-        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -144,11 +138,10 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(
 def test_two_ranks_are_one_with_twice_the_batch(reinforced: Reinforced, tmp_path: Path) -> None:
     """Stated tolerance: losses within 1e-4 of each other over 12 steps in float32, weights within 1e-3."""
     asked = config(reinforced, steps=12, distill=0.5, feature_mse=0.5, accum_freq=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "-m"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     subprocess.run(
         [*torchrun, *command(asked, tmp_path / "two", tmp_path)],
         cwd=ROOT,
-        env=environment(),
         check=True,
         timeout=200,
         capture_output=True,

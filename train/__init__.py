@@ -1,1 +1,50 @@
-"""Reads a store into a student. Not built yet."""
+"""Trains students on a store: `train.fit` with our own loop, `train.ReinforcedDataset` with yours.
+
+Importing this package loads no torch: it is loaded by the first name that needs it.
+"""
+
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.data.dataset import OpenClipData, ReinforcedDataset
+
+__all__ = ["OpenClipData", "ReinforcedDataset", "fit"]
+
+
+def fit(
+    *,
+    shards: str,
+    store: str | PathLike[str] | None = None,
+    out: str | PathLike[str],
+    recipe: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train a student into the folder `out`, as `clip-train fit` does; called again, it goes on where it stopped.
+
+    shards: tars: braces, '*', several joined by '::', paths or fsspec URLs. store: what teachers know of these tars;
+    None is plain CLIP training. recipe: the name or path of a file with a TRAINING; None takes the defaults.
+    settings: any of train.config.TrainConfig, over those of the recipe: `student="vit_tiny", lr=1e-3, epochs=5, ..`
+
+    Returns the report that is written to `out`/report.json; the student is in `out`/student, an open_clip folder.
+    Raises ConfigError and StoreError before any work, Diverged where the loss is NaN or infinite.
+    """
+    from pathlib import Path
+
+    from reinforce.config import parse
+    from train.config import TrainConfig, load_training
+
+    base = load_training(None if recipe is None else fspath(recipe))
+    asked = settings | {"shards": shards, "store": None if store is None else fspath(store)}
+    config = parse(TrainConfig, base.model_dump() | asked, "train.fit")
+    from train.trainer import fit as fit_student
+
+    return fit_student(config, Path(out))
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from train.data import dataset
+
+        return getattr(dataset, name)
+    raise AttributeError(f"module 'train' has no attribute '{name}'")

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 done, but with faults; 2 the request was wrong, nothing wa
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +25,9 @@ SetOption = Annotated[
 ]
 _EVAL_HELP = "a folder in CLIP_benchmark's layout, or tars with captions; may be repeated"
 StudentArgument = Annotated[str, typer.Argument(help="a name of the table, or a folder such as runs/NAME/student")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="where it runs; auto: CUDA if there is a card, else the CPU")
+]
 
 
 @app.callback()
@@ -74,42 +78,45 @@ def fit(
 def eval_(
     student: StudentArgument,
     sets: Annotated[list[str], typer.Argument(metavar="NAME=SET...", help=_EVAL_HELP)],
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="images or texts per forward pass")] = 256,
+    device: DeviceOption = "auto",
+    precision: Annotated[
+        Literal["fp32", "amp_bf16"], typer.Option(help="arithmetic; amp_bf16 is bfloat16 autocast")
+    ] = "fp32",
     json_: JsonOption = False,
 ) -> None:
-    """Zero-shot classification and retrieval of a trained student."""
-    with errors_as_sentences():
-        from train import students
-        from train.comkd import classifier
-        from train.evaluation.metrics import evaluate
-        from train.evaluation.sets import EvalSet
+    """Score a student: zero-shot classification where images have classes, retrieval where they have captions.
 
+    All scores are shares from 0 to 1.
+
+    A student trained with comkd is scored on its own classes, by the base-to-novel protocol.
+    """
+    with errors_as_sentences():
+        from reinforce.models.device import pick_device
+        from train.evaluation.sets import EvalSet
+        from train.trained import load
+
+        place = pick_device(device)
         opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
-        if (Path(student) / classifier.FILE).is_file():
-            _print(classifier.load(Path(student)).evaluate(opened), json_)
-        else:
-            _print(evaluate(students.create(student), opened, batch_size), json_)
+        _print(load(student, place).evaluate(opened, batch_size, precision), json_)
 
 
 @app.command()
 def export(
     student: StudentArgument,
-    out: Annotated[Path, typer.Argument(help="folder that is written; it must not be there, or be empty")],
+    out: Annotated[Path, typer.Argument(help="folder to write; it must not exist yet, or be empty")],
     json_: JsonOption = False,
 ) -> None:
-    """Write a student as an open_clip folder and as ONNX, of both towers or of its classifier; check that all agree."""
-    with errors_as_sentences():
-        from train import students
-        from train.comkd import classifier
-        from train.export import export as export_student
-        from train.export import export_classifier, noise
+    """Write a student as an open_clip folder and as ONNX, and check that both give what the student gives.
 
-        if (Path(student) / classifier.FILE).is_file():
-            loaded = classifier.load(Path(student))
-            report = export_classifier(loaded, out, noise(loaded.student)[0])
-        else:
-            created = students.create(student)
-            report = export_student(created, out, *noise(created))
+    ONNX has both towers, or the classifier of a student trained with comkd.
+
+    If the check finds a difference, the exit code is 1 and the files stay in OUT.partial.
+    """
+    with errors_as_sentences():
+        from train.trained import load
+
+        report = load(student).export(out)
         _print(asdict(report), json_)
     raise typer.Exit(1 if report.faults else 0)
 
@@ -117,15 +124,15 @@ def export(
 @app.command()
 def latency(
     students: Annotated[list[str], typer.Argument(help="names of the table, or folders")],
-    size: Annotated[list[int], typer.Option(min=1, help="pixels a side; may be repeated")] = [256, 512],
-    batch: Annotated[list[int], typer.Option(min=1, help="images a call; may be repeated")] = [1],
-    repeats: Annotated[int, typer.Option(min=2)] = 20,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option()] = "fp32",
-    compiled: Annotated[bool, typer.Option("--compiled", help="all of them through torch.compile")] = False,
+    size: Annotated[list[int], typer.Option(min=1, help="pixels per side of an image; may be repeated")] = [256, 512],
+    batch: Annotated[list[int], typer.Option(min=1, help="images or texts per call; may be repeated")] = [1],
+    repeats: Annotated[int, typer.Option(min=2, help="calls that are timed, after the warm-up")] = 20,
+    device: DeviceOption = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="type of weights and activations")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compiled", help="run every tower through torch.compile")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Parameters, FLOPs and milliseconds of students, folded and warmed up, by one protocol."""
+    """Measure students: parameters, FLOPs and milliseconds per call of each tower, in the form used for inference."""
     with errors_as_sentences():
         from reinforce.models.device import pick_device
         from train.latency import measure, table
@@ -167,26 +174,39 @@ def adapt(
 
 @app.command()
 def classify(
-    student: Annotated[Path, typer.Argument(help="folder of a student that was trained with comkd")],
-    images: Annotated[list[Path], typer.Argument(help="files")],
+    student: Annotated[Path, typer.Argument(help="folder of a student trained with comkd")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Say which class each image shows, and how sure that is."""
+    """Give the three most probable classes of each image, among the classes that the student was trained on.
+
+    The numbers are probabilities from 0 to 1. Over all classes they add up to 1.
+
+    Images that cannot be read are named on stderr, the others are classified, and the exit code is 1.
+
+    JSON has the probabilities under `classified` and the reasons under `failed`, both by file.
+    """
     with errors_as_sentences():
         from reinforce.data.images import decode
+        from reinforce.models.device import pick_device
         from train.comkd.classifier import load
 
-        loaded = load(student)
-        found = {}
+        place = pick_device(device)
+        classifier = load(student).to(place)
+        classified, failed = dict[str, dict[str, float]](), dict[str, str]()
         for path in images:
             try:
-                shares = loaded.classify([decode(path.read_bytes())])[0]
+                picture = decode(path.read_bytes())
             except (OSError, SampleError) as error:
-                raise ConfigError(f"{path}: {error}; give image files") from None
-            found[str(path)] = {
-                loaded.names[i]: round(shares[i].item(), 4) for i in shares.argsort(descending=True)[:3]
-            }
-        _print(found, json_)
+                failed[str(path)] = getattr(error, "strerror", None) or str(error)
+                print(f"error: {path}: {failed[str(path)]}; give image files", file=sys.stderr)
+                continue
+            probabilities = classifier.classify([picture])[0]
+            best = probabilities.argsort(descending=True)[:3].tolist()
+            classified[str(path)] = {classifier.names[i]: round(probabilities[i].item(), 4) for i in best}
+        _print({"classified": classified, "failed": failed} if json_ else classified, json_)
+    raise typer.Exit(1 if failed else 0)
 
 
 def _eval_sets(texts: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Every knob of the trainer on one page. Where open_clip's trainer has the same knob, it has the same name."""
+"""Every setting of the trainer on one page. Where open_clip's trainer has the same setting, it has the same name."""
 
 from typing import ClassVar, Literal, Self
 
@@ -15,14 +15,18 @@ class ComkdConfig(Config):
 
     class_set: str = Field(description="the store's class texts to learn with")
     num_prompts: int = Field(
-        0, ge=0, description="visual prompts a layer of a ViT whose weights stay (published: 4); 0: all weights learn"
+        0,
+        ge=0,
+        description="visual prompts per layer of a ViT whose weights are frozen (published: 4); 0: all weights learn",
     )
-    prompt_depth: int = Field(9, ge=1, description="layers with prompts")
+    prompt_depth: int = Field(9, ge=1, description="number of layers with prompts")
     kl: float = Field(1.0, ge=0, description="weight of the KL divergence between the logits; 0 for none")
     tau: float = Field(1.0, gt=0, description="its temperature")
     align: float = Field(1.0, ge=0, description="weight of IFAlign; 0 for none")
     attention: bool = Field(True, description="EduAttention")
-    attention_scale: float | None = Field(None, gt=0, description="its C; the root of the teacher's width, if not said")
+    attention_scale: float | None = Field(
+        None, gt=0, description="its C; by default the square root of the teacher's width"
+    )
 
     @model_validator(mode="after")
     def _learns(self) -> Self:
@@ -36,12 +40,14 @@ class ComkdConfig(Config):
 class LoopConfig(Config):
     """What the loop of any training asks for (train/loop.py)."""
 
-    eval_every_n_steps: int | None = Field(None, ge=1, description="besides at the end")
+    eval_every_n_steps: int | None = Field(
+        None, ge=1, description="evaluations during the training; there is always one at the end"
+    )
     save_every_n_steps: int = Field(1000, ge=1)
     log_every_n_steps: int = Field(10, ge=1)
     report_to: list[Reporter] = Field(["tensorboard"])
 
-    # What a resumed run may change: none of it touches what is learned, but for how its sums are rounded.
+    # What a resumed run may change: none of it affects what is learned, except for how sums are rounded.
     free: ClassVar[frozenset[str]] = frozenset(
         {"device", "eval_every_n_steps", "save_every_n_steps", "log_every_n_steps", "report_to"}
     )
@@ -53,39 +59,46 @@ class TrainConfig(LoopConfig):
     # What is learned, and from what.
     student: str = Field("mamba_tiny", description="a name of the table (train/students/configs), or a folder")
     shards: str = Field("", description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
-    store: str | None = Field(None, description="what teachers know of these shards; none is plain CLIP training")
-    teachers: list[str] | None = Field(None, description="those of the store to learn from; all, if not said")
+    store: str | None = Field(
+        None, description="what teachers know about these shards; without it, plain CLIP training"
+    )
+    teachers: list[str] | None = Field(None, description="the store's teachers to learn from; all by default")
     view_set: str = "base"
-    text_sets: list[str] | None = Field(None, description="those of the store; all, if not said")
+    text_sets: list[str] | None = Field(None, description="the store's text sets to learn from; all by default")
     captions: Literal["each", "mix"] = Field(
         "each", description="each: a loss for every text set, summed; mix: one loss, a set drawn for each sample"
     )
     view_order: Literal["sequential", "random"] = Field(
-        "sequential", description="which of its views and captions a shard shows in an epoch"
+        "sequential", description="how a shard's view and caption for an epoch are chosen"
     )
     fresh_views: ViewSet = Field(ViewSet(), description="how views are drawn where there is no store")
 
     # The loss: (1 - distill) x contrastive + distill x distillation + feature_mse x distance to the teachers' features.
     distill: float = Field(1.0, ge=0, le=1, description="MobileCLIP's lambda")
     feature_mse: float = Field(0.0, ge=0, description="weight of the squared distance to the teachers' features")
-    dist_logit_scale: dict[str, float] = Field({}, description="a teacher's scale where it shall not be its own")
+    dist_logit_scale: dict[str, float] = Field({}, description="by teacher: a logit scale to use in place of its own")
 
     comkd: ComkdConfig | None = Field(None, description="learn as ComKD-CLIP does, from one teacher, without captions")
 
     # Optimisation: AdamW, warm-up, cosine.
-    global_batch_size: int = Field(1024, ge=2, description="samples a step, of all ranks and accumulated batches")
-    accum_freq: int = Field(1, ge=1, description="pieces a rank's share of a step is computed in, to save memory")
-    epochs: float = Field(20, gt=0, description="times the data is seen")
-    steps: int | None = Field(None, ge=1, description="length in steps, over epochs")
+    global_batch_size: int = Field(1024, ge=2, description="samples per step, over all ranks and accumulated pieces")
+    accum_freq: int = Field(1, ge=1, description="pieces in which a rank computes its share of a step, to save memory")
+    epochs: float = Field(20, gt=0, description="passes over the data")
+    steps: int | None = Field(None, ge=1, description="length in steps; replaces epochs")
     lr: float = Field(1e-3, gt=0)
-    min_lr: float = Field(0.0, ge=0, description="where the cosine ends")
-    warmup: int = Field(1000, ge=0, description="steps")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    warmup: int = Field(1000, ge=0, description="steps of linear warm-up")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     wd: float = Field(0.2, ge=0)
     grad_clip_norm: float | None = Field(1.0, gt=0)
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights that is evaluated; 0 for none")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of weights, which is evaluated and kept; 0: no average",
+    )
     seed: int = Field(0, ge=0)
 
     # How it is computed.
@@ -94,9 +107,9 @@ class TrainConfig(LoopConfig):
     grad_checkpointing: bool = False
     torchcompile: bool = False
     streams: int = Field(
-        8, ge=1, description="places of an epoch's order that are read at once; a multiple of the number of ranks"
+        8, ge=1, description="places in an epoch's order that are read side by side; a multiple of the number of ranks"
     )
-    workers: int = Field(2, ge=0, description="processes a rank that decode; 0 for none")
+    workers: int = Field(2, ge=0, description="decoding processes per rank; 0: decode in the training process")
     cache_dir: str | None = Field(None, description="folder that remote tars are copied to")
 
     eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout, or tars with captions")

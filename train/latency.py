@@ -1,11 +1,11 @@
-"""Milliseconds of a student's towers, one protocol for all.
+"""Milliseconds per call of a student's towers, by one protocol for all students.
 
-Every student is folded, in eval mode and inference mode, warmed up, and run on random inputs that are on the device
-already. Eager or compiled is one choice for all rows. On CUDA a tower is captured in a CUDA graph and replayed, so that
+Every student is folded, in eval mode and inference mode, warmed up, and run on random inputs that are already on the
+device. Eager or compiled is one choice for all rows. On CUDA a tower is captured in a CUDA graph and replayed, so that
 no student is judged by how many kernels it launches; time is between two CUDA events. Elsewhere it is the wall clock.
-A comparison is of rows of one call on one machine: quartiles lie beside the median to say how quiet it was.
+Compare only rows of one call on one machine; the quartiles beside the median show how steady it was.
 
-What is counted, of one input, on the plain scans:
+What is counted for one input, on the plain definitions of the scans:
   gflops           matrix products, convolutions and attention, two for a multiplication with its addition
   gops_pointwise   numbers written by elementwise operations, copies among them, and running sums: activations, scales,
                    and the recurrences of state spaces, which gflops does not see. Norms and softmax are in neither.
@@ -87,7 +87,7 @@ class _TextTower(nn.Module):
 
 
 def count(tower: nn.Module, inputs: Tensor) -> tuple[float, float]:
-    """(gflops, gops_pointwise) of a call, without doing it: on the meta device, the scans by their definitions."""
+    """(gflops, gops_pointwise) of a call, without running it: on the meta device, the scans by their definitions."""
     nowhere = copy.deepcopy(tower).to("meta")
     with torch.enable_grad(), _PointwiseCounter() as pointwise, FlopCounterMode(display=False) as flops:
         nowhere(inputs.to("meta"))
@@ -106,7 +106,7 @@ def measure(
     """Rows for every student, its image tower at every size that it takes, its text tower, and every batch.
 
     names: of the table, or folders. bf16 is weights and activations, without autocast. A size that a student does not
-    take is logged and has no rows. Raises ConfigError on a name that is neither.
+    take is logged and has no rows. Raises ConfigError for a name that is neither.
     """
     place = torch.device(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

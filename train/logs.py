@@ -1,4 +1,4 @@
-"""What a training says while it runs: its progress, and its curves as JSON lines and more."""
+"""What a training reports while it runs: its progress, and its curves as JSON lines and more."""
 
 import json
 import time
@@ -57,7 +57,7 @@ class Journal:
             self._wandb.log(metrics, step=step)
 
     def speed(self, step: int) -> dict[str, float]:
-        """Of this run up to `step`: seconds, samples a second, share of them waiting for data."""
+        """Of this run up to `step`: seconds, samples per second, share of the time that was spent waiting for data."""
         passed_s = max(time.monotonic() - self._start, 1e-9)
         samples = (step - self._first) * self._samples_per_step
         return {"seconds": passed_s, "samples_per_s": samples / passed_s, "data_wait_share": self._wait_s / passed_s}

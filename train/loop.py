@@ -1,7 +1,7 @@
 """What every training does: next batch, step, watch for NaN, log, evaluate, save, stop when asked to, go on later.
 
 A metric of a step is a number with a name. What `backward` and `after_step` give goes into the curves, and that of the
-last step into the report; what a bar shows beside the count is said in logs.py.
+last step into the report; logs.py decides what the bar shows beside the count.
 """
 
 import json
@@ -157,8 +157,8 @@ class Training(ABC, Generic[P]):
             group["lr"] = lr
         parts = self.backward(pieces, step)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
-        told = torch.stack([*parts.values(), norm.detach(), torch.tensor(float(stop), device=self.ranks.device)])
-        *values, asked = self.ranks.mean(told).tolist()
+        mine = torch.stack([*parts.values(), norm.detach(), torch.tensor(float(stop), device=self.ranks.device)])
+        *values, asked = self.ranks.mean(mine).tolist()
         metrics = dict(zip([*parts, "grad_norm"], values, strict=True))
         if not all(map(math.isfinite, values)):
             self._give_up(step, metrics, pieces)

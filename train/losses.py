@@ -57,7 +57,7 @@ def pair_losses(
     """
     sides = [(_full(image), _full(text), [(t.image, t.text, t.logit_scale) for t in teachers])]
     sides.append((sides[0][1], sides[0][0], [(v, u, scale) for u, v, scale in sides[0][2]]))
-    sums = torch.stack([_direction(x, y, _full(logit_scale), said, block_rows) for x, y, said in sides]).sum(0)
+    sums = torch.stack([_direction(x, y, _full(logit_scale), pairs, block_rows) for x, y, pairs in sides]).sum(0)
     contrastive, distill = sums / (2 * len(image))
     return PairLosses(contrastive, distill)
 
@@ -84,16 +84,16 @@ def _direction(
     """Sums over the rows of `x` of the contrastive and the distillation loss, as a tensor of two."""
     first = len(x) * _rank()
     y = _gathered(y)
-    said = [(_full(u), _gathered(_full(v)), scale_k) for u, v, scale_k in teachers]
+    gathered = [(_full(u), _gathered(_full(v)), scale_k) for u, v, scale_k in teachers]
 
     def block(start: int, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         log_p = (scale * x[start : start + block_rows] @ y.T).log_softmax(-1)
         rows = torch.arange(len(log_p), device=x.device)
         contrastive = -log_p[rows, first + start + rows].sum()
-        if not said:
+        if not gathered:
             return torch.stack([contrastive, torch.zeros_like(contrastive)])
         with torch.no_grad():
-            targets = [(scale_k * u[start : start + block_rows] @ v.T).softmax(-1) for u, v, scale_k in said]
+            targets = [(scale_k * u[start : start + block_rows] @ v.T).softmax(-1) for u, v, scale_k in gathered]
             target = torch.stack(targets).mean(0)
         return torch.stack([contrastive, -(target * log_p).sum()])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train import students
+from reinforce.models.pixels import Normaliser
 from train.config import TrainConfig
 from train.data.loader import Batch
 from train.data.sources import TeacherFacts
@@ -53,14 +53,10 @@ class Outputs:
 class Trainee(nn.Module):
     """A student in training. Subclasses say what comes out of it, what is lost, how it is scored and how it is kept."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, student: Student, config: TrainConfig) -> None:
         super().__init__()
         self.student, self.precision = student, config.precision
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(student.preprocess_cfg[name]).view(1, 3, 1, 1), persistent=False)
+        self.normaliser = Normaliser(student.preprocess_cfg)
 
     @property
     @abstractmethod
@@ -82,7 +78,8 @@ class Trainee(nn.Module):
     def save(self, folder: Path) -> None: ...
 
     def pixels(self, images: Tensor) -> Tensor:
-        return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        pixels: Tensor = self.normaliser(images.permute(0, 3, 1, 2))
+        return pixels
 
     def autocast(self, images: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "amp_bf16")
@@ -112,7 +109,7 @@ class ClipTrainee(Trainee):
         return evaluate(self.student, sets, precision=self.precision)
 
     def save(self, folder: Path) -> None:
-        students.save(self.student, folder)
+        self.student.save(folder)
 
     def forward(self, images: Tensor, tokens: Tensor | None) -> Outputs:
         """Guesses of the teachers' features are there where features are matched."""
@@ -145,11 +142,11 @@ def batch_loss(
         parts[name] = parts[name] + value if name in parts else value
 
     for text_set, text in zip(batch.tokens, outputs.text["features"], strict=True):
-        said = [
+        pairs = [
             TeacherPairs(batch.image_targets[name], batch.text_targets[text_set][name], facts.logit_scale)
             for name, facts in teachers.items()
         ]
-        losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, said)
+        losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, pairs)
         add("contrastive", losses.contrastive)
         if teachers:
             add("distill", losses.distill)

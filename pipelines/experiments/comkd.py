@@ -29,6 +29,7 @@ import torch
 
 from pipelines.comkd import CLASS_SET, TEACHER
 from pipelines.experiments import domains, steps
+from reinforce import process
 from reinforce.config import ClassSet, Recipe, Teacher, ViewSet
 from reinforce.errors import ConfigError
 from train import students
@@ -213,12 +214,12 @@ def _cell(values: list[float]) -> str:
 
 def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """The student before stage 2, with its own text tower."""
-    torch.set_num_threads(1)
+    process.torch_threads(1)
     student, scores = students.create(str(folder)), {}
     student.model.eval()
     for name, url in sets.items():
         eval_set = EvalSet(url)
         loaded = eval_set.load(student.preprocess_cfg)
         classes = embed_classes(student, eval_set.prompts or [], 256)
-        scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.said), classes)
+        scores[name] = base_to_novel(embed_images(student, loaded.images, 256), torch.tensor(loaded.truth), classes)
     return scores

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
+from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ConfigError, ReinforceError
 from reinforce.run import driver
@@ -80,7 +80,7 @@ def _alone(folder: Path, job: Callable[[], T]) -> T:
 
 
 def _logged(folder: Path, job: Callable[[], T]) -> T:
-    torch.set_num_threads(1)
+    process.torch_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
         return job()

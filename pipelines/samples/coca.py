@@ -49,7 +49,7 @@ def train_coca(out: Path, vocabulary: bytes, epochs: int = 40) -> None:
 
 def _phrases(out: Path, folder: Path) -> str:
     """The same pictures with phrases for captions: without the template of `txt`, and without the keywords, which are
-    the last of several captions. A captioner shall write neither."""
+    the last of several captions. A captioner should write neither."""
 
     def samples(shard: shards.Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
         for key, parts in shards.read_parts(shard, ("jpg", "json")):

@@ -13,6 +13,7 @@ from reinforce import process
 from reinforce.config import Model
 from reinforce.errors import ConfigError
 from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
 
 SCHEMAS = ("local-dir:", "hf-hub:")
@@ -46,9 +47,7 @@ class FrozenModel:
         self.tokenizer = get_tokenizer(config.model)
         self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
         self.image_px = _square(config, self.preprocess_cfg["size"])
-        self._mean, self._std = (
-            torch.tensor(self.preprocess_cfg[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std")
-        )
+        self._normaliser = Normaliser(self.preprocess_cfg).to(device)
 
     def take(self, added: Prompts) -> None:
         """Let both towers see prompts, and texts make room for them. Raises ConfigError where they do not fit."""
@@ -57,7 +56,8 @@ class FrozenModel:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on any device -> float32 (B, 3, H, W) on the model's, in the units it was trained in."""
-        return (pixels.to(self.device).permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+        normalised: Tensor = self._normaliser(pixels.to(self.device).permute(0, 3, 1, 2))
+        return normalised
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """n texts -> token ids (n, T), with room for the prompts where there are some. Long texts are cut."""
@@ -100,8 +100,8 @@ def _check(config: Model, random_seed: int | None) -> None:
         folder = config.model.removeprefix("local-dir:")
         if config.model.startswith("local-dir:") and not Path(folder, "open_clip_config.json").is_file():
             raise ConfigError(
-                f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder. Paths are relative "
-                "to where you run; the bundled models are in samples/ of a checkout of this project"
+                f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder. Paths are "
+                "relative to where you run; the bundled models are in samples/ of a checkout of this project"
             )
         return
     if config.model not in open_clip.list_models():

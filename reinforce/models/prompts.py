@@ -84,11 +84,11 @@ class Prompts(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of all tokens."""
-        said = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, tensor in sorted(self.tokens.items()):
-            said.update(f"{name} {tuple(tensor.shape)};".encode())
-            said.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return said.hexdigest()
+            digest.update(f"{name} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 

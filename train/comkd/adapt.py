@@ -50,10 +50,12 @@ class AdaptConfig(LoopConfig):
     teacher: Teacher
     data: str = Field("", description="labelled images: a folder in CLIP_benchmark's layout, its split `train`")
     classes: Literal["all", "base"] = Field("all", description="base: the first half of the classes, rounded up")
-    shots: int | None = Field(16, ge=1, description="images a class; none for all")
+    shots: int | None = Field(16, ge=1, description="images per class; null for all")
     views: ViewSet = Field(ViewSet(num_ops=0), description="how the images are cropped")
     num_tokens: int = Field(
-        4, ge=1, description="prompts a layer, in each tower; the text's begin as 'a photo of a', CLIP's 4 tokens"
+        4,
+        ge=1,
+        description="prompts per layer, in each tower; those of the text begin as 'a photo of a', 4 tokens in CLIP",
     )
     depth: int = Field(9, ge=1, description="layers with prompts")
 
@@ -261,5 +263,5 @@ class _Adaptation(Training[_Batch]):
         for name, eval_set in self.eval_sets.items():
             loaded = eval_set.load(student.preprocess_cfg)
             features = embed_images(student, loaded.images, 256)
-            results[name] = base_to_novel(features, torch.tensor(loaded.said), embed_classes(student, texts, 256))
+            results[name] = base_to_novel(features, torch.tensor(loaded.truth), embed_classes(student, texts, 256))
         return results

@@ -1,7 +1,7 @@
-"""Base-to-novel: how classes that were learned and classes that were not are scored apart.
+"""Base-to-novel: classes that were learned and classes that were not are scored separately.
 
 Source: CoCoOp's protocol as PromptSRC, PromptKD and ComKD-CLIP use it: the first half of the classes, rounded up, is
-base, the rest is novel; images of each half are told apart among the classes of that half only.
+base, the rest is novel; images of each half are classified among the classes of that half only.
 """
 
 from torch import Tensor
@@ -17,8 +17,8 @@ def num_base(num_classes: int) -> int:
 
 def base_to_novel(image_features: Tensor, labels: Tensor, class_features: Tensor) -> Metrics:
     """(N, D) images with `labels` (N,) in 0..C-1, (C, D) classes of unit norm -> shares from 0 to 1: top-1 of all among
-    all (`top1`), of `base` among base, of `novel` among novel, and `hm`, the harmonic mean of the two. A half without
-    images has no score, nor then has `hm`."""
+    all (`top1`), of `base` among base, of `novel` among novel, and `hm`, the harmonic mean of the last two. If a half
+    has no images, its score and `hm` are left out."""
     first = num_base(len(class_features))
     metrics = {"top1": zeroshot(image_features, labels, class_features)["top1"]}
     for name, rows, low, classes in (
@@ -37,7 +37,7 @@ def harmonic_mean(base: float, novel: float) -> float:
 
 
 def check_classes(eval_set: EvalSet, classnames: list[str], whose: str) -> None:
-    """Raises ConfigError where labels of the set do not mean these classes, in this order."""
+    """Raises ConfigError if the labels of the set do not mean these classes in this order."""
     if eval_set.classnames is None:
         raise ConfigError(f"{eval_set.url}: its images have captions; give a set whose images have classes")
     if len(eval_set.classnames) != len(classnames):

@@ -1,7 +1,7 @@
-"""A student that tells a teacher's classes apart: its image encoder, ComKD-CLIP's parts on it, and the class texts.
+"""A student that classifies: its image encoder, ComKD-CLIP's parts on it, and a teacher's embeddings of the classes.
 
 As a folder it is the student's open_clip folder and `comkd.safetensors` beside the weights: projector, attention,
-alpha, visual prompts, the teacher's class texts and their names. Nothing of the teacher is needed.
+alpha, visual prompts, the teacher's class texts and their names. The teacher itself is not needed.
 """
 
 import json
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, Corrupt
 from reinforce.models import tensorfile
 from reinforce.models.open_clip import open_clip
 from reinforce.models.prompts import Prompts
@@ -27,21 +26,23 @@ from train.comkd.base_to_novel import base_to_novel, check_classes
 from train.comkd.terms import Head
 from train.evaluation.metrics import Metrics, Precision, embed_images
 from train.evaluation.sets import EvalSet
+from train.export import ExportReport, Graph, Method, export
 from train.students import Student
+from train.students.fold import fold
 
 FILE = "comkd.safetensors"
 
 
 @dataclass(frozen=True)
 class ClassTexts:
-    """Names of C classes and what a teacher says of them: float32 (C, D), unit norm."""
+    """Names of C classes and a teacher's embeddings of them: float32 (C, D), unit norm."""
 
     names: list[str]
     features: Tensor
 
 
 def class_texts(store_url: str, class_set: str, teacher: str) -> ClassTexts:
-    """Those of a store. Raises ConfigError where it does not have them, StoreError where there is no store."""
+    """Read from a store. Raises ConfigError if it does not have them, StoreError if there is no store."""
     store = Store(store_url)
     recipe = store.promised().parsed_recipe()
     if class_set not in recipe.class_sets:
@@ -58,7 +59,9 @@ def class_texts(store_url: str, class_set: str, teacher: str) -> ClassTexts:
 
 
 class Classifier(nn.Module):
-    """`model` is open_clip's; `visual` and `encode_image` are what evaluation and export ask of any model."""
+    """`model` is open_clip's. `encode_image` is what evaluation asks of any model."""
+
+    reader = "folder"
 
     def __init__(self, student: Student, names: list[str], head: Head, prompts: Prompts | None) -> None:
         """Raises ConfigError where the student cannot take the prompts."""
@@ -70,7 +73,13 @@ class Classifier(nn.Module):
 
     @property
     def visual(self) -> Any:
+        """open_clip's image tower, which knows the preprocessing."""
         return self.model.visual
+
+    @property
+    def module(self) -> nn.Module:
+        """All its weights."""
+        return self
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """float32 (B, 3, H, W), normalised -> P(u_s) and f_e, as `Head` gives them."""
@@ -98,8 +107,10 @@ class Classifier(nn.Module):
         pixels = torch.stack([transform(picture) for picture in pictures])
         return self.logits(pixels.to(next(self.model.parameters()).device)).softmax(-1)
 
-    def evaluate(self, sets: Mapping[str, EvalSet], precision: Precision = "fp32") -> dict[str, Metrics]:
-        """`protocol.base_to_novel` of every set, which has to have these classes. Leaves it in eval mode.
+    def evaluate(
+        self, sets: Mapping[str, EvalSet], batch_size: int = 256, precision: Precision = "fp32"
+    ) -> dict[str, Metrics]:
+        """`base_to_novel` of every set, which has to have these classes. Leaves the classifier in eval mode.
 
         Raises ConfigError.
         """
@@ -108,14 +119,28 @@ class Classifier(nn.Module):
         for name, eval_set in sets.items():
             check_classes(eval_set, self.names, "the student's class texts")
             loaded = eval_set.load(self.student.preprocess_cfg)
-            features = embed_images(replace(self.student, model=self), loaded.images, 256, precision)
-            metrics = base_to_novel(features, torch.tensor(loaded.said), self.head.classes.cpu())
+            features = embed_images(replace(self.student, model=self), loaded.images, batch_size, precision)
+            metrics = base_to_novel(features, torch.tensor(loaded.truth), self.head.classes.cpu())
             results[name] = metrics | {"num_skipped": loaded.num_skipped}
         return results
 
+    def export(self, out: Path) -> ExportReport:
+        """Write its folder with the classifier as ONNX, and check it: `train.export.export`."""
+        return export(self, out, load)
+
+    def graphs(self, folded: bool) -> list[Graph]:
+        """The logits, for an export."""
+        module = Method(fold(self) if folded else self, "logits")
+        scale = self.model.logit_scale.exp().item()
+        return [Graph("logits", "classifier.onnx", module, self.student.probe(), ("images", "logits"), scale)]
+
+    def facts(self) -> dict[str, Any]:
+        """What an application has to know of an export."""
+        return self.student.facts() | {"classes": self.names}
+
     def save(self, folder: Path) -> None:
-        """Write it as a folder that `load` reads, and open_clip the student in it."""
-        students.save(self.student, folder)
+        """Write it as a folder that `load` reads; open_clip can read the student in it."""
+        self.student.save(folder)
         tensors = {f"head/{name}": tensor for name, tensor in self.head.state_dict().items()}
         if self.prompts is not None:
             tensors |= {f"prompts/{name}": tensor for name, tensor in self.prompts.tokens.items()}
@@ -125,23 +150,17 @@ class Classifier(nn.Module):
 
 
 def load(folder: Path) -> Classifier:
-    """In eval mode, on the CPU. Raises ConfigError where the folder is not one that `save` wrote."""
+    """In eval mode, on the CPU. Raises ConfigError if the folder is not one that `save` wrote."""
     student = students.create(str(folder))
     try:
-        with safe_open(folder / FILE, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        tensors, metadata = tensorfile.load(folder / FILE)
         names, scale = json.loads(metadata["classnames"]), json.loads(metadata["attention_scale"])
-        head_state = _of("head", tensors)
+        head_state = tensorfile.under("head", tensors)
         head = Head(head_state["projector.first.weight"].shape[1], head_state["classes"], scale is not None, scale)
         head.load_state_dict(head_state)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (Corrupt, KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{folder}: {FILE} cannot be used: {error}; give the folder of a student trained with comkd"
         ) from error
-    tokens = _of("prompts", tensors)
+    tokens = tensorfile.under("prompts", tensors)
     return Classifier(student, names, head, Prompts(tokens) if tokens else None).eval()
-
-
-def _of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}

@@ -88,7 +88,7 @@ class ComkdTrainee(Trainee):
         return loss, {name: value.detach() for name, value in parts.items()} | {"loss": loss.detach()}
 
     def evaluate(self, sets: Mapping[str, EvalSet]) -> dict[str, Metrics]:
-        return self.classifier.evaluate(sets, self.precision)
+        return self.classifier.evaluate(sets, precision=self.precision)
 
     def save(self, folder: Path) -> None:
         self.classifier.save(folder)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from reinforce.data import augment, images
-from reinforce.errors import ReinforceError, ReplayError, SampleError, ShardError
+from reinforce.data.shards import Place
+from reinforce.data.views import replayed
+from reinforce.errors import ReinforceError
 from train.data.order import Order, Piece
 from train.data.sources import Opened, Source
 
@@ -209,15 +210,7 @@ class _Views(Dataset):
     def _view(
         self, key: str, path: str, offset: int, length: int, size: tuple[int, int], params: np.ndarray
     ) -> np.ndarray:
-        try:
-            with open(path, "rb") as tar:
-                tar.seek(offset)
-                picture = images.decode(tar.read(length))
-            return augment.replay(picture, params, size, self.image_px)
-        except (OSError, SampleError) as error:
-            raise ShardError(f"{path}: {key}: {error}; the tar has changed since it was reinforced") from error
-        except ReplayError as error:
-            raise ReplayError(f"{path}: {key}: {error}") from error
+        return replayed(path, Place(key, offset, length), params, size, self.image_px)
 
 
 def _whole(made: object) -> object:

@@ -40,7 +40,7 @@ class TeacherFacts:
 class Opened:
     """One shard in one epoch: for each of its N rows one view, and one caption of each text set.
 
-    `params` (N, P); `sizes` (N, 2) height and width; `captions` N texts a set; `image_targets` (N, D_k) bfloat16 a
+    `params` (N, P); `sizes` (N, 2) height and width; `captions` N texts per set; `image_targets` (N, D_k) bfloat16 per
     teacher; `text_targets` likewise, by set and teacher.
     """
 
@@ -96,11 +96,11 @@ class StoreSource:
         if not self.text_sets and not config.comkd:
             raise ConfigError(f"{store.url} holds no captions, and CLIP training needs some; only comkd does without")
         names = _some(config.teachers, list(recipe.teachers), "teacher", store.url)
-        said = {name: manifest.models["teachers"][name] for name in names}
+        facts_of = {name: manifest.models["teachers"][name] for name in names}
         _some(list(config.dist_logit_scale), names, "teacher", store.url)
         self.teachers = {
             name: TeacherFacts(facts["width"], config.dist_logit_scale.get(name, facts["logit_scale"]))
-            for name, facts in said.items()
+            for name, facts in facts_of.items()
             if config.learns_from_teachers
         }
         with ThreadPoolExecutor(16) as pool:

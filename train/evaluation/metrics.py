@@ -1,6 +1,6 @@
-"""Zero-shot classification and retrieval: embeddings in, metrics out; and the embeddings of a student.
+"""Zero-shot classification and retrieval: embeddings in, metrics out; and the embeddings that a model gives.
 
-A tie counts against the student, so that equal embeddings for everything score nothing instead of everything.
+A tie counts as a miss, so that a model which gives everything the same embedding scores 0 and not 1.
 
 Protocols: CLIP's (Radford et al. 2021, arXiv 2103.00020, section 3.1) for classes, with the mean of its templates'
 embeddings; recall at k as CLIP_benchmark counts it for captions.
@@ -8,14 +8,14 @@ embeddings; recall at k as CLIP_benchmark counts it for captions.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reinforce.models.pixels import Normaliser
 from train.evaluation.sets import EvalSet, Loaded
-from train.students import Student
 
 BLOCK_ROWS = 1024  # of similarities held at once
 RECALLS = (1, 5, 10)
@@ -24,13 +24,26 @@ Precision = Literal["fp32", "amp_bf16"]
 Metrics = dict[str, float]
 
 
+class Embedder(Protocol):
+    """What is evaluated, a student for one: `model` has open_clip's `encode_image` and `encode_text`."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def preprocess_cfg(self) -> dict[str, Any]: ...
+
+
 def evaluate(
-    student: Student, sets: Mapping[str, EvalSet], batch_size: int = 256, precision: Precision = "fp32"
+    student: Embedder, sets: Mapping[str, EvalSet], batch_size: int = 256, precision: Precision = "fp32"
 ) -> dict[str, Metrics]:
     """The metrics of every set by its name, as `zeroshot` or `retrieval` gives them, and `num_skipped` samples.
 
-    Runs where the student's weights are, in eval mode; afterwards each module has its own mode again. Raises what
-    `EvalSet.load` does.
+    It runs where the student's weights are, and in eval mode; afterwards each module is in its own mode again. Raises
+    what `EvalSet.load` raises.
     """
     results = {}
     with _evaluating(student.model):
@@ -41,7 +54,7 @@ def evaluate(
                 metrics = _retrieval(student, loaded, features, batch_size, precision)
             else:
                 classes = embed_classes(student, eval_set.prompts, batch_size, precision)
-                metrics = zeroshot(features, torch.tensor(loaded.said), classes)
+                metrics = zeroshot(features, torch.tensor(loaded.truth), classes)
             results[name] = metrics | {"num_skipped": loaded.num_skipped}
     return results
 
@@ -80,13 +93,13 @@ def retrieval(image_features: Tensor, text_features: Tensor, text_owner: Tensor)
 
 
 @torch.no_grad()
-def embed_images(student: Student, images: Sequence[Tensor], batch_size: int, precision: Precision = "fp32") -> Tensor:
+def embed_images(student: Embedder, images: Sequence[Tensor], batch_size: int, precision: Precision = "fp32") -> Tensor:
     """uint8 (3, H, W) images, as `EvalSet.load` gives them -> (N, D) float32 on the CPU, unit norm."""
     device = next(student.model.parameters()).device
-    mean, std = (torch.tensor(student.preprocess_cfg[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    normaliser = Normaliser(student.preprocess_cfg).to(device)
 
     def features(batch: Sequence[Tensor]) -> Tensor:
-        pixels = (torch.stack(list(batch)).to(device).float() / 255 - mean) / std
+        pixels = normaliser(torch.stack(list(batch)).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp_bf16"):
             out: Tensor = student.model.encode_image(pixels)
         return F.normalize(out.float(), dim=-1).cpu()
@@ -95,7 +108,7 @@ def embed_images(student: Student, images: Sequence[Tensor], batch_size: int, pr
 
 
 @torch.no_grad()
-def embed_texts(student: Student, texts: Sequence[str], batch_size: int, precision: Precision = "fp32") -> Tensor:
+def embed_texts(student: Embedder, texts: Sequence[str], batch_size: int, precision: Precision = "fp32") -> Tensor:
     """(M, D) float32 on the CPU, unit norm."""
     device = next(student.model.parameters()).device
 
@@ -108,25 +121,25 @@ def embed_texts(student: Student, texts: Sequence[str], batch_size: int, precisi
 
 
 def embed_classes(
-    student: Student, prompts: Sequence[Sequence[str]], batch_size: int, precision: Precision = "fp32"
+    student: Embedder, prompts: Sequence[Sequence[str]], batch_size: int, precision: Precision = "fp32"
 ) -> Tensor:
-    """(C, D) float32 on the CPU: for each class the mean of its prompts' embeddings, to unit norm again."""
+    """(C, D) float32 on the CPU: for each class the mean of its prompts' embeddings, scaled to unit norm."""
     texts = [text for of_class in prompts for text in of_class]
     features = embed_texts(student, texts, batch_size, precision)
     by_class = features.view(len(prompts), -1, features.shape[1])  # all have as many prompts
     return F.normalize(by_class.mean(1), dim=-1)
 
 
-def _retrieval(student: Student, loaded: Loaded, features: Tensor, batch_size: int, precision: Precision) -> Metrics:
-    texts = [caption for captions in loaded.said for caption in captions]
-    owner = torch.tensor([i for i, captions in enumerate(loaded.said) for _ in captions])
+def _retrieval(student: Embedder, loaded: Loaded, features: Tensor, batch_size: int, precision: Precision) -> Metrics:
+    texts = [caption for captions in loaded.truth for caption in captions]
+    owner = torch.tensor([i for i, captions in enumerate(loaded.truth) for _ in captions])
     return retrieval(features, embed_texts(student, texts, batch_size, precision), owner)
 
 
 def _num_before(x: Tensor, y: Tensor, x_id: Tensor, y_id: Tensor) -> Tensor:
-    """For each row of `x`, how many rows of `y` with another id are not farther than the nearest one with its id.
+    """For each row of `x`, how many rows of `y` with another id are at least as near as the nearest one with its id.
 
-    Not farther is "not less", and not "more or equal": where a number is NaN it is the answer that is wrong.
+    The test is "not less" and not "greater or equal", so that NaN counts as a miss.
     """
     counts = []
     for start in range(0, len(x), BLOCK_ROWS):

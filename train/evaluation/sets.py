@@ -2,10 +2,10 @@
 
 A set is a folder in CLIP_benchmark's layout, local or an fsspec URL,
 
-    classnames.txt                          one class a line: line i names label i
-    zeroshot_classification_templates.txt   one template a line, `{c}` or `{}` where the class goes
+    classnames.txt                          one class per line: line i names label i
+    zeroshot_classification_templates.txt   one template per line, `{c}` or `{}` where the class goes
     dataset_type.txt                        `retrieval`; absent, or `classification`, for classes
-    test/nshards.txt, test/0.tar, ...       image and `.cls`, or image and `.txt` with one caption a line
+    test/nshards.txt, test/0.tar, ...       image and `.cls`, or image and `.txt` with one caption per line
 
 or the tars of a training set, with all captions that `reinforce.data.shards.read` gives. A folder without templates is
 evaluated with OpenAI's 80 for ImageNet.
@@ -43,20 +43,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """N images, uint8 (3, H, W), resized and cropped as the student's evaluation transform does; `said` of each, its
-    label or its captions; and how many samples could not be used."""
+    """N images, uint8 (3, H, W), resized and cropped as the student's evaluation transform does; the `truth` of each,
+    its label or its captions; and how many samples could not be used."""
 
     images: list[Tensor]
-    said: list[T]
+    truth: list[T]
     num_skipped: int
 
 
 class EvalSet:
-    """What a set asks. Opening it reads the small files; `load` reads the tars.
+    """One evaluation set. Opening it reads the small files; `load` reads the tars.
 
-    `split` stands in the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None
-    where images have captions. Raises ConfigError where something is missing or contradicts itself, MissingExtra where
-    the URL needs a package.
+    `split` takes the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None if the
+    images have captions. Raises ConfigError if something is missing or contradictory, MissingExtra if the URL needs a
+    package that is not installed.
     """
 
     def __init__(self, url: str, split: str = "test") -> None:
@@ -77,7 +77,7 @@ class EvalSet:
             self.classnames, self.prompts = _prompts(folder)
             self._read = partial(_labelled, num_classes=len(self.prompts))
         else:
-            raise ConfigError(f"{self.url}/{TYPE}: says '{kind}'; sets of kind classification or retrieval are known")
+            raise ConfigError(f"{self.url}/{TYPE}: says '{kind}'; write classification or retrieval")
 
     def samples(self) -> Iterator[tuple[Sample, Any]]:
         """Every sample undecoded, the bad ones too, and its label or its captions. Raises as `load` does."""
@@ -85,10 +85,10 @@ class EvalSet:
             yield from self._read(shard)
 
     def load(self, preprocess_cfg: dict[str, Any]) -> Loaded:
-        """The images as a student with this preprocessing sees them, 3 x H x W bytes each. The last answer is kept.
+        """The images as a student with this preprocessing sees them, 3 x H x W bytes each. The last result is kept.
 
-        Samples that cannot be used are skipped, counted, and logged with the reasons. Raises ConfigError where a label
-        names no class of the set, or no sample is left; ShardError where a tar cannot be read.
+        Samples that cannot be used are skipped, counted, and logged with the reasons. Raises ConfigError if a label
+        names no class of the set, or if no sample is left; ShardError if a tar cannot be read.
         """
         if self._kept is None or self._kept[0] != preprocess_cfg:
             self._kept = preprocess_cfg, self._load(preprocess_cfg)
@@ -96,17 +96,17 @@ class EvalSet:
 
     def _load(self, preprocess_cfg: dict[str, Any]) -> Loaded:
         cfg = open_clip.transform.PreprocessCfg(**preprocess_cfg)
-        # The last two steps make uint8 to float32 and normalise: `evaluate` does that, batch by batch.
+        # The last two steps turn uint8 into float32 and normalise: `embed_images` does both, batch by batch.
         shape = open_clip.transform.image_transform_v2(cfg, is_train=False).transforms[:-2]
-        pixels, said, skipped = list[Tensor](), list[Any](), Counter[str]()
+        pixels, truth, skipped = list[Tensor](), list[Any](), Counter[str]()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for shard in self._shards:  # one at a time: the pool reads ahead without limit
-                for picture, answer in pool.map(partial(_pixels, shape), self._read(shard)):
+                for picture, of_it in pool.map(partial(_pixels, shape), self._read(shard)):
                     if isinstance(picture, Status):
                         skipped[picture.reason] += 1
                     else:
                         pixels.append(picture)
-                        said.append(answer)
+                        truth.append(of_it)
         reasons = ", ".join(f"{reason} {num}" for reason, num in skipped.most_common())
         if not pixels:
             raise ConfigError(
@@ -115,7 +115,7 @@ class EvalSet:
         if skipped:
             num = len(pixels) + skipped.total()
             log.warning("%s: %d of %d samples skipped: %s", self.url, skipped.total(), num, reasons)
-        return Loaded(pixels, said, skipped.total())
+        return Loaded(pixels, truth, skipped.total())
 
 
 def write_classification_set(
@@ -126,9 +126,9 @@ def write_classification_set(
     samples_per_shard: int = 10_000,
     split: str = "test",
 ) -> None:
-    """A set of (key, {extension: bytes} with the image, label), in CLIP_benchmark's layout; `folder` may be a URL.
+    """Write a set in CLIP_benchmark's layout; `folder` may be a URL. `samples` are (key, {extension: bytes}, label).
 
-    `nshards.txt` is written last, so that a set which was not finished is refused. Raises ConfigError.
+    `nshards.txt` is written last, so that an unfinished set is refused. Raises ConfigError.
     """
     _check_classes(folder, classnames, templates)
     for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
@@ -187,9 +187,9 @@ def _shards(folder: _Folder, split: str) -> list[Shard]:
     num = int(text)
     absent = next((i for i in range(num) if not folder.exists(f"{split}/{i}.tar")), None)
     if absent is not None:
-        raise ConfigError(f"{where}: says {num}, and {absent}.tar is not there; add it, or mend the number")
+        raise ConfigError(f"{where}: says {num}, and {absent}.tar is not there; add it, or correct the number")
     if folder.exists(f"{split}/{num}.tar"):
-        raise ConfigError(f"{where}: says {num}, and {num}.tar is there as well; remove it, or mend the number")
+        raise ConfigError(f"{where}: says {num}, and {num}.tar is there as well; remove it, or correct the number")
     return [Shard(str(i), f"{folder.url}/{split}/{i}.tar") for i in range(num)]
 
 
@@ -198,7 +198,7 @@ def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
     classnames, templates = folder.lines(CLASSNAMES), folder.lines(TEMPLATES)
     if classnames is None:
         raise ConfigError(
-            f"{folder.url}/{CLASSNAMES}: not found; write one class a line, "
+            f"{folder.url}/{CLASSNAMES}: not found; write one class per line, "
             f"or 'retrieval' into {TYPE} where images have captions"
         )
     if templates is None:
@@ -212,9 +212,9 @@ def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
 
 def _check_classes(folder: str, classnames: list[str], templates: list[str]) -> None:
     if len(classnames) < 2 or "" in classnames:
-        raise ConfigError(f"{folder}/{CLASSNAMES}: has to name at least two classes, one a line and no line empty")
+        raise ConfigError(f"{folder}/{CLASSNAMES}: has to name at least two classes, one per line and no line empty")
     if not templates:
-        raise ConfigError(f"{folder}/{TEMPLATES}: is empty; write one template a line, such as 'a photo of a {{c}}.'")
+        raise ConfigError(f"{folder}/{TEMPLATES}: is empty; write one template per line, such as 'a photo of a {{c}}.'")
     for template in templates:
         if "{c}" not in template and "{}" not in template:
             raise ConfigError(
@@ -225,7 +225,7 @@ def _check_classes(folder: str, classnames: list[str], templates: list[str]) -> 
 def _check_label(key: str, label: int, num_classes: int) -> None:
     if not 0 <= label < num_classes:
         raise ConfigError(
-            f"{key}.cls: label {label}, and {CLASSNAMES} names {num_classes} classes, from 0; mend either"
+            f"{key}.cls: label {label}, and {CLASSNAMES} names {num_classes} classes, counted from 0; correct either"
         )
 
 
@@ -234,7 +234,7 @@ def _labelled(shard: Shard, num_classes: int) -> Iterator[tuple[Sample, int]]:
         try:
             label = int(parts.get("cls", b"").decode())
         except ValueError:
-            raise ConfigError(f"{shard.url}: {key}.cls is missing or no number; write the label as digits") from None
+            raise ConfigError(f"{shard.url}: {key}.cls is missing or not a number; write the label as digits") from None
         _check_label(f"{shard.url}: {key}", label, num_classes)
         yield _sample(key, parts, ()), label
 
@@ -261,13 +261,13 @@ def _sample(key: str, parts: dict[str, bytes], captions: tuple[str, ...]) -> Sam
 
 
 def _pixels(steps: list[Callable[[Image.Image], Image.Image]], row: tuple[Sample, T]) -> tuple[Tensor | Status, T]:
-    sample, said = row
+    sample, truth = row
     if sample.status != Status.GOOD:
-        return sample.status, said
+        return sample.status, truth
     try:
         picture = images.decode(sample.image)
     except SampleError as error:
-        return Status(error.status), said
+        return Status(error.status), truth
     for step in steps:
         picture = step(picture)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1), said
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1), truth

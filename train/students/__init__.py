@@ -8,18 +8,26 @@ weights as well, such as an export, is a student that goes on learning from ther
 """
 
 import difflib
-import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from reinforce import process
 from reinforce.errors import ConfigError
 from reinforce.models import tensorfile
 from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.pixels import Normaliser
+from train.evaluation.metrics import Metrics, Precision, evaluate
+from train.evaluation.sets import EvalSet
+from train.export import ExportReport, Graph, Method, export
 from train.students import hybrid_text, mamba, mambavision, mci
+from train.students.fold import fold
 
 # Importing them registers their encoders with timm, and the hybrid text tower with open_clip.
 TOWERS = (hybrid_text, mamba, mambavision, mci)
@@ -27,7 +35,9 @@ TOWERS = (hybrid_text, mamba, mambavision, mci)
 CONFIGS = Path(__file__).parent / "configs"
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
-_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.partial", "export.json")  # in a folder, what is true of them only
+# The files of a folder that describe its weights, and so do not belong to other weights.
+_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.partial", "export.json")
+SENTENCES = ("a photo of a cat", "two dogs on a beach at sunset", "", "a red circle, a blue square and " + 20 * "more ")
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Student:
     folder: Path
     model: Any
     tokenizer: Any
+    reader = "open_clip"
 
     @property
     def preprocess_cfg(self) -> dict[str, Any]:
@@ -50,6 +61,58 @@ class Student:
     def image_px(self) -> int:
         size = self.preprocess_cfg["size"]
         return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def module(self) -> nn.Module:
+        """All its weights."""
+        model: nn.Module = self.model
+        return model
+
+    def evaluate(
+        self, sets: Mapping[str, EvalSet], batch_size: int = 256, precision: Precision = "fp32"
+    ) -> dict[str, Metrics]:
+        """Zero-shot classification or retrieval of every set, as `train.evaluation.metrics.evaluate` does."""
+        return evaluate(self, sets, batch_size, precision)
+
+    def export(self, out: Path) -> ExportReport:
+        """Write an open_clip folder with both towers as ONNX, and check it: `train.export.export`."""
+        return export(self, out, lambda folder: create(str(folder)))
+
+    def save(self, folder: Path) -> None:
+        """Write it as a folder that `create` and `open_clip.create_model("local-dir:...")` load.
+
+        From the folder that describes it, config and tokenizer are copied.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            of_weights = any(path.match(pattern) for pattern in _OF_WEIGHTS)
+            if path.is_file() and not of_weights and path.parent != folder:
+                shutil.copyfile(path, folder / path.name)
+        tensorfile.save(self.model.state_dict(), folder / WEIGHTS)
+
+    def graphs(self, folded: bool) -> list[Graph]:
+        """Both towers, for an export."""
+        model = fold(self.model) if folded else self.model
+        towers = {"image": ("images", self.probe()), "text": ("tokens", self.tokenizer(list(SENTENCES)))}
+        return [
+            Graph(tower, f"{tower}.onnx", Method(model, f"encode_{tower}", True), inputs, (name, f"{tower}_features"))
+            for tower, (name, inputs) in towers.items()
+        ]
+
+    def probe(self) -> Tensor:
+        """Noise that exports are checked on, normalised, the same each time: float32 (4, 3, image_px, image_px)."""
+        noise = np.random.default_rng(0).integers(0, 256, (4, 3, self.image_px, self.image_px), np.uint8)
+        pixels: Tensor = Normaliser(self.preprocess_cfg)(torch.from_numpy(noise))
+        return pixels
+
+    def facts(self) -> dict[str, Any]:
+        """What an application has to know of an export."""
+        return {
+            "student": self.name,
+            "preprocess": self.preprocess_cfg | {"size": self.image_px},
+            "context_length": self.tokenizer.context_length,
+            "logit_scale": self.model.logit_scale.exp().item(),
+        }
 
 
 def names() -> list[str]:
@@ -73,8 +136,8 @@ def create(name: str, seed: int = 0) -> Student:
     """A student with the weights of its folder, or, where there are none, with new ones drawn from `seed`."""
     folder = find(name)
     has_weights = (folder / WEIGHTS).is_file()
-    logging.disable(logging.WARNING)  # open_clip warns that there are no weights, which is what was asked for
-    with torch.random.fork_rng(devices=[]):
+    # open_clip warns that there are no weights, which is what was asked for.
+    with process.errors_only(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model = open_clip.create_model(
@@ -82,19 +145,21 @@ def create(name: str, seed: int = 0) -> Student:
             )
         except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what open_clip raises on an odd config
             raise ConfigError(f"student {folder}: open_clip cannot build it: {error}") from error
-        finally:
-            logging.disable(logging.NOTSET)
+    _avoid_channels_last(model)
     return Student(Path(name).name, folder, model, get_tokenizer(f"local-dir:{folder}"))
 
 
-def save(student: Student, folder: Path) -> None:
-    """Write a student as a folder that `create` and `open_clip.create_model("local-dir:...")` load.
+def _avoid_channels_last(model: nn.Module) -> None:
+    """Give strided 1x1 convolutions of a few channels, as in MobileCLIP's stem, their input in NCHW order.
 
-    Of the folder that it comes from goes along what is true of any weights: config, tokenizer.
+    In channels-last order the gradient of their weights writes past a buffer on a CPU with AVX2 (torch 2.13 with oneDNN
+    3.12): a training ends in a segmentation fault, or goes on with damaged memory.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in student.folder.iterdir():
-        of_weights = any(path.match(pattern) for pattern in _OF_WEIGHTS)
-        if path.is_file() and not of_weights and path.parent != folder:
-            shutil.copyfile(path, folder / path.name)
-    tensorfile.save(student.model.state_dict(), folder / WEIGHTS)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) != module.stride and module.in_channels % 8:
+            module.register_forward_pre_hook(_contiguous_on_cpu)
+
+
+def _contiguous_on_cpu(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    (images,) = inputs
+    return images.contiguous() if images.device.type == "cpu" else images

@@ -1,0 +1,23 @@
+"""Pixels as a model was trained to see them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Normaliser(nn.Module):
+    """Pixel / 255 less mean, over std. It moves with the module that holds it and adds nothing to its state dict."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocess_cfg: dict[str, Any]) -> None:
+        """`preprocess_cfg` is open_clip's: `mean` and `std` are of the three channels, from 0 to 1."""
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(preprocess_cfg[name]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 of the same shape. Both are on the normaliser's device."""
+        return (pixels.float() / 255 - self.mean) / self.std

@@ -1,0 +1,166 @@
+"""What version 0.1.0 wrote (commit ac61c61, format 1) opens, verifies, resumes and trains as it did there.
+
+tests/format1.tar.xz was written by that commit, on one CPU thread; this tree cannot write it anew. Paths in it are
+relative to its folder:
+
+    00000.tar, 00001.tar    5 good samples and a bad one, and 4 good ones
+    teacher, student        open_clip models of a few thousand weights
+    store.zarr              what `reinforce run` made of the tars by recipe.json
+    run                     a training by training.json, as if killed after step 3 of 6
+    weights_at_the_end..    the weights of the same training, left alone
+    prompts.safetensors     what `train adapt` made of `labelled`, 2 classes of 2 + 2 images, by adaptation.json
+    export                  the trained student, by `train export`
+    classifier              a student trained in the same way with ComKD-CLIP's terms on the store's class set
+    expected.json           the curve; what the classifier says of `labelled`, split test; digest and embeddings of the
+                            adapted teacher, of a gray image and of "red"
+"""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reinforce.__main__ import app as reinforce
+from reinforce.config import Teacher as Config
+from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.teacher import Teacher
+from reinforce.store.store import Store
+from tests import tiny
+from tests.processes import here
+from train.__main__ import app as train
+
+ARCHIVE = Path(__file__).parent / "format1.tar.xz"
+TARS = "00000.tar::00001.tar"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+
+
+def answer(app: Any, *arguments: str) -> Any:
+    code, out, err = here(app, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def run(store: str) -> Any:
+    return answer(
+        reinforce, "run", TARS, "--store", store, "--recipe", "recipe.json", "--workers", "0", "--device", "cpu",
+        "--max-invalid", "0.5",
+    )  # fmt: skip
+
+
+def test_the_store_opens() -> None:
+    found = answer(reinforce, "info", "store.zarr")
+    assert (found["format_version"], found["shards"], found["samples"], found["valid"]) == (1, 2, 10, 9)
+    assert found["missing_columns"] == [] and found["quarantined"] == {"unknown_image_format": 1}
+    assert found["class_sets"]["kinds"]["classes"] == 2
+    assert Store("store.zarr").read("00001", "text/original/caption").tolist() == [
+        [f"picture {i} of b" for i in range(4)]
+    ]
+
+
+def test_the_store_verifies_and_replays() -> None:
+    report = answer(reinforce, "verify", "store.zarr", "--shards", TARS, "--replay", "100", "--device", "cpu")
+    assert (report["columns_checked"], report["corrupt"], report["missing"]) == (2 * 8 + 2, [], [])
+    assert report["replay"]["views"] == report["replay"]["pixel_equal"] == 9 * 2
+    assert report["replay"]["cosine_min"] >= 0.999
+
+
+def test_a_run_finds_nothing_to_do() -> None:
+    before = tiny.tree("store.zarr")
+    assert run("store.zarr")["already_there"] == 2
+    assert tiny.tree("store.zarr") == before
+
+
+def test_the_same_tars_and_recipe_make_the_same_store() -> None:
+    """Every byte was equal on the machine that wrote it. Another processor may round an embedding otherwise."""
+    run("again.zarr")
+    old, new = tiny.tree("store.zarr"), tiny.tree("again.zarr")
+    assert promise(new.pop("zarr.json")) == promise(old.pop("zarr.json"))
+    assert new.keys() == old.keys()
+    for path in old:
+        assert "/clip/" in path or new[path] == old[path], path
+    embeddings = [path.removesuffix("/zarr.json") for path in old if path.endswith("/clip/zarr.json")]
+    assert len(embeddings) == 2 * 2 + 1
+    for path in embeddings:
+        a, b = (Store(store).read(*path.split("/", 1)) for store in ("store.zarr", "again.zarr"))
+        assert_same_embeddings(a.astype(np.float64), b.astype(np.float64))
+
+
+def promise(metadata: bytes) -> Any:
+    """The root's, but for the versions of the software that wrote it."""
+    tree = json.loads(metadata)
+    assert tree["attributes"]["reinforce"].pop("software")
+    return tree
+
+
+def assert_same_embeddings(a: np.ndarray, b: np.ndarray) -> None:
+    good = ~np.isnan(a).any(-1)
+    assert (good == ~np.isnan(b).any(-1)).all() and good.sum() > 1
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert cosine[good].min() > 0.99999
+
+
+@pytest.mark.heavy
+def test_a_training_goes_on_from_its_checkpoint() -> None:
+    """Equal bit for bit on the machine that wrote it, hence the same on any but for rounding."""
+    expected = json.loads(Path("expected.json").read_text())["curve"]
+    report = answer(
+        train, "fit", "--shards", TARS, "--store", "store.zarr", "--recipe", "training.json", "--out", "run"
+    )
+    assert report["steps"] == 6
+    curve = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [1, 2, 3, 4, 5, 6]
+    for line, wanted in zip(curve, expected, strict=True):
+        for name in ("contrastive", "distill", "loss", "grad_norm", "lr", "logit_scale"):
+            assert line[name] == pytest.approx(wanted[name], abs=1e-5), (line["step"], name)
+    weights, wanted = load_file("run/student/open_clip_model.safetensors"), load_file("weights_at_the_end.safetensors")
+    torch.testing.assert_close(weights, wanted, atol=1e-5, rtol=0)
+
+
+def test_prompts_are_known_again_and_adapt_their_teacher_as_they_did() -> None:
+    before = Path("prompts.safetensors").read_bytes()
+    report = answer(train, "adapt", "labelled", "--recipe", "adaptation.json", "--out", "prompts.safetensors")
+    assert (report["teacher"], report["classes"], report["images"]) == ("local-dir:teacher", 2, 4)
+    assert report["metrics"]["cross_entropy"] == 0.6477614045143127
+    assert Path("prompts.safetensors").read_bytes() == before
+    expected = json.loads(Path("expected.json").read_text())["adapted"]
+    teacher = Teacher(Config(model="local-dir:teacher", prompts="prompts.safetensors"), 4, torch.device("cpu"))
+    assert teacher.describe()["weights_sha256"] == expected["digest"]
+    (image,), (text,) = teacher.encode_images(np.full((1, 16, 16, 3), 128, np.uint8)), teacher.encode_texts(["red"])
+    assert_same_embeddings(np.stack([image, text]).astype(np.float64), np.array([expected["image"], expected["text"]]))
+
+
+def test_an_export_loads_in_open_clip_and_agrees_with_its_onnx() -> None:
+    model = open_clip.create_model("local-dir:export").eval()
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    tokens = get_tokenizer("local-dir:export")(["a red circle", "a blue one", ""])
+    with torch.no_grad():
+        towers = {
+            "image": model.encode_image(images, normalize=True),
+            "text": model.encode_text(tokens, normalize=True),
+        }
+    for (tower, expected), (name, data) in zip(towers.items(), [("images", images), ("tokens", tokens)], strict=True):
+        session = onnxruntime.InferenceSession(f"export/{tower}.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run([f"{tower}_features"], {name: data.numpy()})
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_a_classifier_says_what_it_said() -> None:
+    expected = json.loads(Path("expected.json").read_text())
+    assert answer(train, "eval", "classifier", "t=labelled") == expected["classifier"]
+    with tarfile.open("labelled/test/0.tar") as tar:
+        tar.extractall(filter="data")
+    for picture, shares in expected["classified"].items():
+        found = answer(train, "classify", "classifier", picture)["classified"][picture]
+        assert found == pytest.approx(dict(zip(["red", "blue"], shares, strict=True)), abs=1e-4)
