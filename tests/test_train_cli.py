@@ -116,9 +116,11 @@ def test_wrong_requests_are_exit_2_with_a_sentence(reinforced: Reinforced, train
     assert not (tmp_path / "run").exists()
 
 
-def test_journeys_name_themselves() -> None:
+def test_experiments_name_themselves_and_refuse_with_a_sentence(tmp_path: Path) -> None:
     code, _, said = python_m("pipelines", "lamda_sweep")
     assert code == 2 and "lambda_sweep" in said and "sample" in said
+    code, out, said = python_m("pipelines", "lambda_sweep", "--data", "nowhere", "--out", str(tmp_path))
+    assert (code, out) == (2, "") and said.startswith("error: nowhere: no tars") and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("name", ["comkd", "sample"])

@@ -51,14 +51,11 @@ def side_by_side(jobs: Mapping[Path, Callable[[], T]], title: str, at_once: int)
     print(f"{title}: {len(jobs)}; what each prints is in {LOG} of its folder", file=sys.stderr)
     results = []
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), disable=not sys.stderr.isatty()) as bar:
-        try:
-            for folder, result in zip(jobs, pool.map(_alone, jobs, jobs.values()), strict=True):
-                results.append(result)
-                bar.update()
-                if bar.disable:
-                    print(f"  {len(results)}/{len(jobs)} {folder}", file=sys.stderr)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for folder, result in zip(jobs, pool.map(_alone, jobs, jobs.values()), strict=True):
+            results.append(result)
+            bar.update()
+            if bar.disable:
+                print(f"  {len(results)}/{len(jobs)} {folder}", file=sys.stderr)
     return results
 
 
