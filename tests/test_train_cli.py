@@ -158,9 +158,6 @@ def test_trainings_side_by_side_are_done_once(training: TrainConfig, tmp_path: P
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == weights
     with pytest.raises(ConfigError, match="belongs to a training with other settings"):
         steps.fit_all({"seed_0": training.but(steps=3)}, tmp_path, "students", at_once=1)
-    own = {"own": training.shards.split("::")[0]}
-    with pytest.raises(ConfigError, match="was not evaluated on own"):
-        steps.fit_all({"seed_0": training.but(eval_sets=own)}, tmp_path, "students", at_once=1)
 
 
 def test_a_job_that_is_killed_gets_a_sentence_and_no_other_begins(tmp_path: Path) -> None:
