@@ -69,7 +69,7 @@ verify: setup ## STORE=.. SHARDS=..: check a store, and make 100 of its views ag
 	@$(REINFORCE) verify '$(STORE)' --shards '$(SHARDS)' --replay 100 $(ARGS)
 
 submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=.. RECIPE=name: the same as a job on a Ray cluster
-	@test -n '$(RAY_ADDRESS)' || { echo 'name the cluster: make submit RAY_ADDRESS=http://HEAD:8265 SHARDS=.. STORE=..' >&2; exit 2; }
+	@test -n '$(RAY_ADDRESS)' || { echo 'name the cluster: make submit RAY_ADDRESS=http://HEAD:8265 SHARDS=.. STORE=.. RECIPE=..' >&2; exit 2; }
 	@$(call require,SHARDS STORE RECIPE)
 	@$(VENV)/bin/ray job submit --address '$(RAY_ADDRESS)' --working-dir . --runtime-env pipelines/cluster/runtime_env.yaml \
 		-- python -m reinforce run '$(call everywhere,$(SHARDS))' --store '$(call everywhere,$(STORE))' \
@@ -115,7 +115,7 @@ pins: ## renew constraints.txt: the newest versions that pyproject.toml allows
 format: setup ## let ruff lay out the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-bench: setup ## every benchmark, one JSON line each
+bench: setup ## the benchmarks, one JSON line each (open_clip_loop needs other packages, see its docstring)
 	@for bench in coca augment slab price kernels; do $(PY) -m benchmarks.$$bench --json; done
 
 clean: ## remove what make reinforce made from the samples

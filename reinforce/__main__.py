@@ -80,7 +80,8 @@ def run(
         if json_:
             print(json.dumps({"recipe": loaded.name} | asdict(report)))
         else:
-            _print_run(report, shards, loaded)
+            training = f"--recipe {recipe}" if recipe in listed("TRAINING") else "--student mamba_small"
+            _print_run(report, shards, loaded, training)
     raise typer.Exit(1 if report.failed else 0)
 
 
@@ -108,12 +109,12 @@ def info(
     quarantine: Annotated[bool, typer.Option("--quarantine", help="list the samples that were set aside")] = False,
 ) -> None:
     """Show what a store holds: samples, views, captions, bytes, and the columns that are not there yet."""
-    from reinforce.check import info as room
+    from reinforce.check import info as check
 
     with errors_as_sentences():
-        found = room.info(store)
+        found = check.info(store)
         if quarantine:
-            found["quarantine"] = list(room.quarantine(store))
+            found["quarantine"] = list(check.quarantine(store))
         if json_:
             print(json.dumps(found))
         else:
@@ -141,7 +142,7 @@ def verify(
     raise typer.Exit(0 if report.sound else 1)
 
 
-def _print_run(report: RunReport, shards: str, recipe: Recipe) -> None:
+def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:
     if report.already_there == report.shards:
         print(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
     else:
@@ -153,9 +154,12 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe) -> None:
             + "."
         )
     if report.failed:
-        print(f"{len(report.failed)} shards failed; nothing of them was written. Run again to try them again:")
+        print(
+            f"Failed: {len(report.failed)} of {report.shards} shards, of which nothing was written. Run again to retry:"
+        )
         for failure in report.failed:
             print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+    fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
     print(
         f"Recipe: {recipe.name}{weights}\n"
@@ -163,8 +167,8 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe) -> None:
         f"        captioners {_models(recipe.captioners)}\n"
         f"Store:  {report.store}\n"
         f"Next:   {typed('clip-reinforce')} info {report.store}\n"
-        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100\n"
-        f"        {typed('clip-train')} fit --shards '{shards}' --store {report.store} --student mamba_small"
+        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100"
+        + ("" if report.failed else f"\n        {fit}")
     )
 
 

@@ -1,8 +1,10 @@
 """All that this project changes for the whole process and not only for itself: global settings of libraries, patches.
 
 One function for each, called from where its library is imported; nothing is loaded before. What depends on names that
-a library may change checks them first, and raises MissingExtra, with the versions, where they have changed. (One effect
-stays with its subject: importing `reinforce.store.bfloat16` teaches zarr that data type.)
+a library may change checks them first, and raises MissingExtra, with the versions, where they have changed. Three
+effects stay with their subjects: importing `reinforce.store.bfloat16` teaches zarr that data type; a training takes
+SIGINT and SIGTERM while it runs and seeds torch at every step (`train/loop.py`, `train/objective.py`); Ray is started
+from the folder of our packages (`run/on_ray.py`).
 """
 
 import inspect
@@ -60,6 +62,18 @@ def torch_threads(num: int) -> None:
     import torch
 
     torch.set_num_threads(num)
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Afterwards torch has as many threads as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

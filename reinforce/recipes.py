@@ -13,6 +13,7 @@ of which the last two are read by the trainer, who knows what they mean.
 import difflib
 import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,10 @@ def _tree(constant: str, name: str) -> Any:
     if not name:
         raise ConfigError(f"the recipe has no name; give one of these, or a path to your own\n{choice(constant)}")
     if name.endswith(".json"):
-        return _json(Path(name))
+        tree = _json(Path(name))
+        if constant != "RECIPE" and isinstance(tree, dict) and {"teachers", "captioners"} <= tree.keys():
+            raise ConfigError(f"recipe {name} says what a store holds (`clip-reinforce run`), and not how to train")
+        return tree
     if name.endswith(".py") or "/" in name:
         path = Path(name)
     else:
@@ -74,7 +78,7 @@ def _tree(constant: str, name: str) -> Any:
             close = difflib.get_close_matches(name, known, n=3)
             own = f"; did you mean ./{name}.py?" if Path(f"{name}.py").is_file() else ""
             raise ConfigError(
-                f"no recipe '{name}' with a {constant}"
+                f"no recipe of this project is called '{name}'"
                 + (own or (f"; did you mean {' or '.join(close)}?" if close else ""))
                 + f"\nRecipes of this project (or give a path to your own):\n{choice(constant)}"
             )
@@ -89,21 +93,31 @@ def _tree(constant: str, name: str) -> Any:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        if not text.strip():
+            raise ConfigError(f"recipe {path} is empty; begin with: clip-reinforce recipe NAME > {path}")
+        return json.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"recipe {path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not JSON: {error}") from None
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """What a recipe's file defines. It is a program: whatever it raises is reported as a fault of the recipe."""
+    """What a recipe's file defines. It is a program: whatever it raises is reported as a fault of the recipe.
+
+    It may import files beside it, if no installed module has their name.
+    """
+    beside = str(path.parent.resolve())
+    sys.path.append(beside)
     try:
         return runpy.run_path(str(path))
     except ValidationError as error:
         raise ConfigError(f"recipe {path}{_line(error, path)} is not valid:\n  {sentences(error)}") from None
     except (Exception, SystemExit) as error:
         raise ConfigError(f"recipe {path}{_line(error, path)}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(beside)
 
 
 def _line(error: BaseException, path: Path) -> str:

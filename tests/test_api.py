@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import reinforce
 import train
+from reinforce.config import Recipe
 from reinforce.data import shards
 from reinforce.store.store import Store
 from tests import tiny
@@ -268,3 +269,18 @@ def test_what_open_clips_loop_is_told_belongs_to_the_batch(reinforced: Reinforce
         assert torch.equal(told["image_features"], batch.image_features["vit"])
         assert torch.equal(told["text_features"], batch.text_features["vit"])
         assert told["logit_scale"].item() == pytest.approx(made.logit_scales["vit"])
+
+
+def test_write_leaves_the_threads_of_torch_as_they_are(recipe: Recipe, tmp_path: Path) -> None:
+    tar, before = tiny.tar(tmp_path / "00000.tar", 2), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        reinforce.write(tar, tmp_path / "s", recipe, workers=0, device="cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_shard_keeps_the_views_that_it_was_asked_for(reinforced: Reinforced) -> None:
+    store = reinforce.open_store(reinforced.store)
+    assert store["00000"] is store["00000"]

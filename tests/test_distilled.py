@@ -295,7 +295,7 @@ def test_what_does_not_fit_gets_a_sentence(made: Made, reinforced, tmp_path: Pat
     told("has class sets kinds, and 'sorts' is asked for", comkd={"class_set": "sorts"})
     told("has no class texts, and 'kinds'", store=reinforced.store, shards=reinforced.shards)
     told(r"learns from one teacher, and .* has vit, conv; choose", teachers=None)
-    told("nobody to learn from: give a --store$", store=None)
+    told("no teachers to learn from: give a --store$", store=None)
     few = [("a", {"jpg": tiny.picture(1)}, 0)]
     write_classification_set(str(tmp_path / "two"), NAMES[:2], ["{}"], few)
     told("names 2 classes, and .* 3", eval_sets={"x": str(tmp_path / "two")})

@@ -170,7 +170,7 @@ def test_plain_views_are_new_in_every_epoch_and_bad_samples_are_left_out(reinfor
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"store": None}, "nobody to learn from"),
+        ({"store": None}, "no teachers to learn from"),
         ({"shards": ""}, "no shards"),
         ({"teachers": ["vti"]}, "no teacher 'vti' to learn from; it has vit, conv"),
         ({"text_sets": ["blip"]}, "no text set 'blip'"),

@@ -4,6 +4,7 @@ weights: shapes, memory and code paths."""
 import ast
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,3 +150,16 @@ def test_a_broken_recipe_gets_a_sentence_with_the_line(text: str | None, told: s
         (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_recipe(str(tmp_path / "mine.py"))
+
+
+def test_a_recipe_may_import_a_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base_of_mine.py").write_text("from pipelines.sample import RECIPE\n")
+    (tmp_path / "mine.py").write_text("from base_of_mine import RECIPE as BASE\nRECIPE = BASE.but(seed=5)\n")
+    before = list(sys.path)
+    assert load_recipe(str(tmp_path / "mine.py")).seed == 5 and sys.path == before
+
+
+def test_a_stores_recipe_as_json_is_no_training(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(load_recipe("sample").model_dump_json())
+    with pytest.raises(ConfigError, match="says what a store holds"):
+        load_training(str(tmp_path / "mine.json"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from reinforce.config import ClassSet, Recipe
-from reinforce.errors import Corrupt, NotCommitted, StoreError
+from reinforce.errors import ConfigError, Corrupt, NotCommitted, StoreError
 from reinforce.store.columns import CLASSES, Column, class_columns, columns
 from reinforce.store.store import CHUNK_ROWS, Store
 from tests.tiny import tree
@@ -254,3 +254,14 @@ def test_a_foreign_zarr_store_is_refused(tmp_path: Path) -> None:
     zarr.create_group(str(tmp_path))
     with pytest.raises(StoreError, match="not one of this project"):
         Store(str(tmp_path)).manifest()
+
+
+def test_what_is_no_store_gets_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="is a file, and a store is a folder"):
+        Store(str(tmp_path / "file")).manifest()
+    (tmp_path / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match=r"zarr.json is damaged"):
+        Store(str(tmp_path)).manifest()
+    with pytest.raises(ConfigError, match="address of the store is empty"):
+        Store("")

@@ -116,6 +116,23 @@ def test_wrong_requests_are_exit_2_with_a_sentence(reinforced: Reinforced, train
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_to_adapt_has_to_be_named() -> None:
+    for arguments, told in [
+        (["adapt", "nowhere", "--pretrained", "openai"], "--pretrained openai needs --teacher"),
+        (["adapt", "nowhere"], "name the CLIP to adapt: --teacher MODEL"),
+    ]:
+        code, out, said = python_m("train", *arguments)
+        assert (code, out) == (2, "") and told in said
+
+
+def test_a_package_that_is_not_installed_gets_a_sentence() -> None:
+    program = "import sys; sys.modules['safetensors'] = None; from train.__main__ import main; main()"
+    for arguments in (["fit", "--shards", "x.tar", "--set", "distill=0"], ["classify", "x", "y.jpg"]):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "safetensors is not installed; the writer needs: pip install" in done.stderr
+
+
 def test_experiments_name_themselves_and_refuse_with_a_sentence(tmp_path: Path) -> None:
     code, _, said = python_m("pipelines", "lamda_sweep")
     assert code == 2 and "lambda_sweep" in said and "sample" in said

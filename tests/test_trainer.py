@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def test_run_again_finds_that_all_is_done(reinforced: Reinforced, tmp_path: Path
     assert tiny.tree(tmp_path) == before
 
 
+def test_without_git_and_outside_the_main_thread(
+    reinforced: Reinforced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with ThreadPoolExecutor(1) as thread:
+        report = thread.submit(fit, config(reinforced, steps=2), tmp_path / "run").result()
+    assert report["steps"] == 2
+    assert json.loads((tmp_path / "run/config.json").read_text())["commit"] is None
+
+
+def test_killed_before_its_report_it_keeps_the_metrics_of_its_last_step(reinforced: Reinforced, tmp_path: Path) -> None:
+    metrics = fit(config(reinforced, steps=2), tmp_path)["metrics"]
+    (tmp_path / "report.json").unlink()
+    assert fit(config(reinforced, steps=2), tmp_path)["metrics"] == metrics
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_a_finished_training_is_evaluated_on_sets_that_are_new_to_it(reinforced: Reinforced, tmp_path: Path) -> None:
     """Its averaged weights, and only these sets; what it was evaluated on before stays in the report."""
     tars = reinforced.shards.split("::")
@@ -124,11 +142,11 @@ def test_killed_in_mid_epoch_and_resumed_it_is_the_same_curve(
     assert same_weights(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2)])
 def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(
     reinforced: Reinforced, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
-    """SIGTERM to the process, as a scheduler sends it; SIGINT to it and its loader's workers, as a terminal does."""
+    """To the process alone; or to it and its loader's workers, as a terminal does, `timeout` and some schedulers."""
     asked = config(reinforced, steps=2000, workers=workers)
     run = tmp_path / "run"
     process = subprocess.Popen(
@@ -140,7 +158,7 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(
     )
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
         time.sleep(0.01)
-    if number == signal.SIGINT:
+    if workers:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)

@@ -87,6 +87,11 @@ def test_from_tars_to_an_export(bin_folder: Path, hers: Path, recipe: Recipe) ->
     told = run(bin_folder, hers, "clip-reinforce", "run", *asked, "--workers", "1")
     assert "8 samples read, 8 good" in told and "Recipe: mine" in told and "coca (local-dir:" in told
     assert "nothing to do" in run(bin_folder, hers, "clip-reinforce", "run", *asked)
+    snippet = (
+        "import zarr\nimport reinforce.store.bfloat16\n"
+        "print(zarr.open_array('s.zarr/00000/view/base/vit', mode='r').dtype)"
+    )
+    assert run(bin_folder, hers, "python", "-P", "-c", snippet) == "bfloat16\n"
     fit = ["--shards", "00000.tar", "--store", "s.zarr", "--recipe", "./mine.py", "--student", student, "--out", "run"]
     assert json.loads(run(bin_folder, hers, "clip-train", "fit", *fit, "--json"))["steps"] == 2
     assert json.loads(run(bin_folder, hers, "clip-train", "eval", "run/student", "own=00000.tar", "--json"))["own"]

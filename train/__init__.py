@@ -23,7 +23,8 @@ def fit(
     """Train a student into the folder `out`, as `clip-train fit` does; called again, it goes on where it stopped.
 
     shards: tars: braces, '*', several joined by '::', paths or fsspec URLs. store: what teachers know of these tars;
-    None is plain CLIP training. recipe: the name or path of a file with a TRAINING; None takes the defaults.
+    None is plain CLIP training, which needs `distill=0`. recipe: the name or path of a file with a TRAINING; None takes
+    the defaults.
     settings: any of train.config.TrainConfig, over those of the recipe: `student="vit_tiny", lr=1e-3, epochs=5, ..`
 
     Returns the report that is written to `out`/report.json; the student is in `out`/student, an open_clip folder.

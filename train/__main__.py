@@ -44,7 +44,9 @@ def recipes(json_: JsonOption = False) -> None:
 @app.command()
 def fit(
     shards: Annotated[str, typer.Option(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")],
-    store: Annotated[str | None, typer.Option(help="what teachers know of these tars; without: plain CLIP")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="what teachers know about these tars; without it, set distill=0")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; else the recipe's")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, curves, the student")] = Path(
         "runs/latest"
@@ -143,9 +145,13 @@ def latency(
 
 @app.command()
 def adapt(
-    data: Annotated[str, typer.Argument(help="labelled images: a folder in CLIP_benchmark's layout, its split train")],
-    teacher: Annotated[str | None, typer.Option(help="an open_clip model; the recipe's, if none")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="its weights, a tag or a file")] = None,
+    data: Annotated[
+        str, typer.Argument(help="labelled images: a folder in CLIP_benchmark's layout, with a split `train`")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="an open_clip model, or local-dir:FOLDER; without it, the recipe's")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="the teacher's weights: a tag of open_clip, or a file")] = None,
     out: Annotated[Path, typer.Option(help="the file that is written")] = Path("runs/prompts.safetensors"),
     recipe: Annotated[
         str, typer.Option(help="name of a recipe with an ADAPTATION, or a path: mine.py, mine.json")
@@ -159,6 +165,8 @@ def adapt(
         from train.comkd.adapt import AdaptConfig, load_adaptation
         from train.comkd.adapt import adapt as adapt_teacher
 
+        if pretrained and not teacher:
+            raise ConfigError(f"--pretrained {pretrained} needs --teacher: whose weights are they?")
         config = load_adaptation(recipe, set_)
         asked: dict[str, Any] = {"data": data}
         asked |= {"teacher": {"model": teacher, "pretrained": pretrained}} if teacher else {}

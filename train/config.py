@@ -60,7 +60,7 @@ class TrainConfig(LoopConfig):
     student: str = Field("mamba_tiny", description="a name of the table (train/students/configs), or a folder")
     shards: str = Field("", description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
     store: str | None = Field(
-        None, description="what teachers know about these shards; without it, plain CLIP training"
+        None, description="what teachers know about these shards; without it, plain CLIP training (distill=0)"
     )
     teachers: list[str] | None = Field(None, description="the store's teachers to learn from; all by default")
     view_set: str = "base"

@@ -10,6 +10,7 @@ from reinforce.progress import Progress
 from train.config import LoopConfig
 
 METRICS = "metrics.jsonl"
+_NOT_OF_A_STEP = ("step", "samples_per_s", "data_wait_share")
 
 
 class Journal:
@@ -30,9 +31,12 @@ class Journal:
         self._start = time.monotonic()
         self._wait_s = 0.0
         self._progress = Progress(num_steps, "step", done=step, silent=silent)
+        self.last_metrics: dict[str, float] = {}  # of the last step that a run before has written
         if silent:
             return
-        self._file = _resumed(folder / METRICS, step)
+        self._file, lines = _resumed(folder / METRICS, step)
+        for line in (line for line in lines if "loss" in line):
+            self.last_metrics = {name: value for name, value in line.items() if name not in _NOT_OF_A_STEP}
         self._tensorboard = _tensorboard(folder, step) if "tensorboard" in config.report_to else None
         self._wandb = _wandb(folder, config) if "wandb" in config.report_to else None
 
@@ -73,19 +77,19 @@ class Journal:
             self._wandb.finish()
 
 
-def _resumed(path: Path, step: int) -> Any:
-    """The file of curves, without what a run that was stopped wrote after its last checkpoint."""
+def _resumed(path: Path, step: int) -> tuple[Any, list[dict[str, Any]]]:
+    """The file of curves, without what a run that was stopped wrote after its last checkpoint; and its lines."""
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
+    return path.open("a"), [json.loads(line) for line in kept]
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MissingExtra("tensorboard is not installed: pip install tensorboard, or report_to='[]'") from None
+        raise MissingExtra("tensorboard is not installed: pip install tensorboard, or --set 'report_to=[]'") from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 

@@ -6,9 +6,11 @@ last step into the report; logs.py decides what the bar shows beside the count.
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ from train.distributed import Ranks
 from train.evaluation.metrics import Metrics
 from train.logs import Journal
 
-_SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
+_SOFTWARE = ("clip-reinforce", "torch", "open_clip_torch", "timm", "numpy", "pillow")
 
 
 class Piece(Protocol):
@@ -111,7 +113,7 @@ class Training(ABC, Generic[P]):
             saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}
             (self.out / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
             print(
-                f"{self.describe()}, steps {step} to {self.num_steps} of {self.samples_per_step}",
+                f"{self.describe()}, steps {step} to {self.num_steps}, {self.samples_per_step} samples each",
                 file=sys.stderr,
             )
         journal = Journal(
@@ -129,7 +131,7 @@ class Training(ABC, Generic[P]):
 
     def _steps(self, step: int, journal: Journal) -> dict[str, float]:
         """Gives the metrics of the last step."""
-        metrics: dict[str, float] = {}
+        metrics = journal.last_metrics  # of a run before, where no step is left
         batches = self.batches(step)
         with _stop_signals() as stop_asked:
             while step < self.num_steps:
@@ -170,6 +172,7 @@ class Training(ABC, Generic[P]):
 
     def _give_up(self, step: int, metrics: dict[str, float], pieces: list[P]) -> None:
         keys = [key for piece in pieces for key in piece.keys]
+        self.out.mkdir(parents=True, exist_ok=True)  # on another machine than the first rank's it is not there
         path = self.out / f"diverged_step_{step}_rank_{self.ranks.rank}.json"
         path.write_text(json.dumps({"step": step, "metrics": {k: str(v) for k, v in metrics.items()}, "keys": keys}))
         bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
@@ -197,6 +200,9 @@ class Training(ABC, Generic[P]):
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM has come; the step under way is finished and saved first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # Python lets no other thread see signals
+        return
     came: list[int] = []
     kept = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -211,9 +217,11 @@ def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    """The commit of a checkout; of an installed package there is none, whatever repository it lies in."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 

@@ -1,7 +1,9 @@
 """`fit`: a student learns from tars and what a store knows of them."""
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,6 +27,7 @@ from train.objective import ClipTrainee, Trainee, backward
 from train.students import Student, scan
 
 REPORT = "report.json"
+log = logging.getLogger(__name__)
 
 
 def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
@@ -83,13 +86,19 @@ class _Fit(Training[Batch]):
             ranks.world_size,
         )
         self.num_steps = config.steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
+        if config.warmup >= self.num_steps:
+            log.warning(
+                "warm-up takes %d steps and the training %d: the learning rate never reaches lr; --set warmup=%d",
+                *(config.warmup, self.num_steps, self.num_steps // 10),
+            )
         self.samples_per_step = config.global_batch_size
         self.grad_clip_norm = config.grad_clip_norm or math.inf
         self.module = DistributedDataParallel(self.model) if ranks.world_size > 1 else self.model
 
     def describe(self) -> str:
+        scans = f" ({scan.describe(self.ranks.device)})" if self.student.scans else ""
         return (
-            f"{self.student.name} on {self.ranks.device} ({scan.describe(self.ranks.device)}): "
+            f"{self.student.name} on {self.ranks.device}{scans}: "
             f"{self.loader.order.num_samples} samples, {self.source.num_skipped} left out"
         )
 
@@ -152,7 +161,9 @@ class _Fit(Training[Batch]):
         return report
 
     def _write(self, report: dict[str, Any]) -> None:
-        (self.out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        partial = self.out / f"{REPORT}.partial"
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, self.out / REPORT)  # whole or not at all: a run that is killed here must not break the next
 
 
 def _trainee(student: Student, source: Source, config: TrainConfig, eval_sets: dict[str, EvalSet]) -> Trainee:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from pipelines.comkd import CLASS_SET, TEACHER
+from pipelines.comkd import CLASS_SET
 from pipelines.experiments import domains, steps
 from reinforce import process
 from reinforce.config import ClassSet, Recipe, Teacher, ViewSet
@@ -39,6 +39,7 @@ from train.config import ComkdConfig, load_training
 from train.evaluation.metrics import embed_classes, embed_images
 from train.evaluation.sets import EvalSet
 
+TEACHER = "local-dir:samples/models/teacher_vit"
 VIEWS = ViewSet(num_views=4, view_px=64, scale=(0.3, 1.0), num_ops=1)
 GENTLE = ViewSet(view_px=64, scale=(0.5, 1.0), num_ops=0)
 

@@ -1,7 +1,7 @@
 """Steps of an experiment: trainings side by side, and the writing of a store.
 
-No step remembers that it was done. Each looks at what is there, refuses what was made with other settings, and returns
-at once where nothing is left to do.
+No step remembers that it was done. Each looks at what is there, refuses what was made with other settings, and does
+what is left: of a training that has come to its end, nothing but to open it.
 """
 
 import multiprocessing

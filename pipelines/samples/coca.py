@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pipelines.samples.models import COCA, TRAINING, describe, in_training, keep, train_clip
 from reinforce.config import Captioner
@@ -20,6 +19,7 @@ from reinforce.data import shards
 from reinforce.models import tensorfile
 from reinforce.models.frozen import FrozenModel
 from reinforce.models.open_clip import open_clip
+from reinforce.progress import Progress
 from train.config import TrainConfig
 from train.data.loader import Loader
 from train.data.sources import source_of
@@ -72,8 +72,8 @@ def _train(coca: FrozenModel, loader: Loader, num_steps: int, config: TrainConfi
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.wd
     )
-    progress = tqdm(loader.batches(0, num_steps), "coca", num_steps)
-    for step, batch in enumerate(progress):
+    progress = Progress(num_steps, "step", title="coca")
+    for step, batch in enumerate(loader.batches(0, num_steps)):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, num_steps, config)
         loss = _loss(model, coca.normalise(batch.images), *batch.tokens.values())
@@ -83,7 +83,8 @@ def _train(coca: FrozenModel, loader: Loader, num_steps: int, config: TrainConfi
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        progress.add(f"loss {loss.item():.2f}")
+    progress.close()
 
 
 def _loss(model: Any, images: Tensor, text: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[Column]]]:
 
 
 def info(url: str) -> dict[str, Any]:
-    """Counts, sets, bytes and missing columns. Embeddings are counted raw (2 bytes a number) and as stored."""
+    """Counts, sets, bytes and missing columns. Embeddings are counted raw (2 bytes per number) and as stored."""
     store = Store(url)
     manifest = store.promised()
     recipe = manifest.parsed_recipe()

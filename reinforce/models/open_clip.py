@@ -14,7 +14,7 @@ except MissingExtra:
     raise
 except ImportError as error:
     raise MissingExtra(
-        f"{error.name} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]', "
+        f"{error.name or error} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]', "
         "the trainer: pip install 'clip-reinforce[train]'"
     ) from error
 

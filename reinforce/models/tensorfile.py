@@ -4,11 +4,18 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from reinforce.errors import Corrupt
+from reinforce.errors import Corrupt, MissingExtra
+
+try:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+except ImportError as error:
+    raise MissingExtra(
+        "safetensors is not installed; the writer needs: pip install 'clip-reinforce[reinforce]', "
+        "the trainer: pip install 'clip-reinforce[train]'"
+    ) from error
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

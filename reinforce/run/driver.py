@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard, expand
 from reinforce.errors import ConfigError
@@ -29,7 +30,8 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     Raises ConfigError and ManifestMismatch before any work; shards that fail are in the report.
     """
     start = time.monotonic()
-    low, high = _worker_range(options)
+    if options.workers != "auto":
+        _worker_range(options)  # a wrong request is an error before any work
     listed = expand(patterns)
     store = Store(store_url)
     manifest = store.manifest()
@@ -43,6 +45,7 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
         if not os.environ.get("RAY_ADDRESS"):
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
+        low, high = _worker_range(options)
         crew = Crew(store_url, recipe, options, low, high) if high and todo else None
         answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options)
         with Progress(len(todo), "shard") as progress:
@@ -59,9 +62,10 @@ def _here(todo: list[Shard], store_url: str, recipe: Recipe, options: RunOptions
     """Without Ray: one worker in this process."""
     from reinforce.run.worker import Worker  # loads torch and open_clip: not for a run that finds nothing to do
 
-    worker = Worker(recipe, store_url, options)
-    with ThreadPoolExecutor(options.shards_in_flight) as pool:
-        yield from pool.map(lambda shard: _tried(worker, shard, options.attempts), todo)
+    with process.torch_threads_kept():  # a worker on a CPU sets their number, and this process may be the user's
+        worker = Worker(recipe, store_url, options)
+        with ThreadPoolExecutor(options.shards_in_flight) as pool:
+            yield from pool.map(lambda shard: _tried(worker, shard, options.attempts), todo)
 
 
 def _tried(worker: "Worker", shard: Shard, attempts: int) -> tuple[ShardReport, int]:

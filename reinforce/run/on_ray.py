@@ -182,6 +182,8 @@ def _ray(num_workers: int) -> Any:
         raise MissingExtra(
             "Ray is not installed: pip install 'clip-reinforce[reinforce]', or use --workers 0 to work without it"
         ) from None
+    if ray.is_initialized():
+        raise ConfigError("this process has started Ray already; use workers=0, or call ray.shutdown() before")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # Ray puts the folder where it is started first on its workers' module path, and there a user's own train.py would
     # stand in the way of our package. Started in the folder of our packages, workers find the code of the driver.

@@ -4,15 +4,16 @@ Names that the store does not have are errors that list those it has. Nothing he
 and knows Zarr; this is what one would type to look at a store.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from reinforce.config import Recipe
 from reinforce.data import augment, shards
-from reinforce.data.shards import Status
+from reinforce.data.shards import Place, Status
 from reinforce.data.views import replayed
 from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, ReplayError
 from reinforce.store.columns import columns
@@ -46,7 +47,7 @@ class View:
         Raises ManifestMismatch where the tar is another one, ReplayError where the image is not the one that was
         reinforced, ShardError where it cannot be read.
         """
-        places = shards.locate(tar)
+        places = _places(tar, os.path.getmtime(tar) if os.path.exists(tar) else 0.0)
         found = places[self.row].key if self.row < len(places) else "nothing"
         if found != self.key:
             raise ManifestMismatch(
@@ -178,6 +179,7 @@ class StoreReader:
         self.manifest = self._store.promised()
         self.recipe = self.manifest.parsed_recipe()
         self.shards = self._store.shards()
+        self._opened: dict[str, ShardReader] = {}  # each keeps the views it was last asked for
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -188,7 +190,13 @@ class StoreReader:
     def __getitem__(self, name: str) -> ShardReader:
         if name not in self.shards:
             raise NotCommitted(f"{self.url} has no shard '{name}'; it has {_listed(self.shards)}")
-        return ShardReader(self._store, name, self.recipe)
+        return self._opened.setdefault(name, ShardReader(self._store, name, self.recipe))
+
+
+@lru_cache(8)
+def _places(tar: str, modified: float) -> list[Place]:
+    """Views are asked for one after the other: a tar is gone through once, and again when it has changed."""
+    return shards.locate(tar)
 
 
 def _one_of(name: str, there: Iterable[str], what: str, where: str) -> None:

@@ -27,7 +27,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
 import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
 from reinforce import process
-from reinforce.errors import Corrupt, NotCommitted, StoreError
+from reinforce.errors import ConfigError, Corrupt, NotCommitted, StoreError
 from reinforce.store.columns import CLASSES, Column
 from reinforce.store.manifest import Manifest
 
@@ -43,6 +43,9 @@ class Store:
     """A store at a local path or an fsspec URL. A column is named by a `Column`, or by its path in the group."""
 
     def __init__(self, url: str) -> None:
+        """Raises ConfigError for an empty address."""
+        if not url.strip():
+            raise ConfigError("the address of the store is empty; name a local path or an fsspec URL")
         self.url = url
         # Listings are never cached: another process may have written since.
         self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -54,9 +57,13 @@ class Store:
         """The store's manifest, or None where there is no store yet. Raises StoreError if it is not one of ours."""
         try:
             root = json.loads(self._fs.cat_file(f"{self._root}/zarr.json"))
+            tree = root.get("attributes", {}).get("reinforce")
         except FileNotFoundError:
             return None
-        tree = root.get("attributes", {}).get("reinforce")
+        except NotADirectoryError:
+            raise StoreError(f"{self.url} is a file, and a store is a folder; give another STORE") from None
+        except (ValueError, AttributeError) as error:
+            raise StoreError(f"{self.url}/zarr.json is damaged: {error}; restore it, or give another STORE") from error
         if tree is None:
             raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
         return Manifest.from_json(tree, self.url)

@@ -47,7 +47,7 @@ MOMENTUM = 0.9
 class AdaptConfig(LoopConfig):
     """Stage 1 of ComKD-CLIP (train/comkd/adapt.py): a teacher's prompts. The values are PromptSRC's."""
 
-    teacher: Teacher
+    teacher: Teacher | None = Field(None, description="the CLIP to adapt; there is no default")
     data: str = Field("", description="labelled images: a folder in CLIP_benchmark's layout, its split `train`")
     classes: Literal["all", "base"] = Field("all", description="base: the first half of the classes, rounded up")
     shots: int | None = Field(16, ge=1, description="images per class; null for all")
@@ -145,7 +145,10 @@ class _Adaptation(Training[_Batch]):
     def __init__(self, config: AdaptConfig, out: Path) -> None:
         self.config: AdaptConfig = config
         self.out, self.ranks = out, Ranks(0, 1, pick_device(config.device))
-        if config.teacher.prompts:
+        if config.teacher is None:
+            raise ConfigError("name the CLIP to adapt: --teacher MODEL --pretrained WEIGHTS, or a recipe that names it")
+        self.teacher = config.teacher
+        if self.teacher.prompts:
             raise ConfigError("the teacher has prompts already; adapt the plain one, teacher.prompts=null")
         labelled = EvalSet(config.data, "train")
         if labelled.classnames is None or labelled.prompts is None:
@@ -159,7 +162,7 @@ class _Adaptation(Training[_Batch]):
         learned = self.classnames[: self.num_classes]
         self.samples, self.num_skipped = draw_shots(labelled, learned, config.shots, config.seed)
         random_seed = config.seed if config.weights == "random" else None
-        self.frozen = load_teacher(config.teacher, self.ranks.device, random_seed)
+        self.frozen = load_teacher(self.teacher, self.ranks.device, random_seed)
         self.fingerprint = self._fingerprint()
         self.model: Prompts = Prompts.fresh(
             self.frozen.model, config.num_tokens, config.depth, config.seed, self.frozen.tokenizer
@@ -176,7 +179,7 @@ class _Adaptation(Training[_Batch]):
 
     def describe(self) -> str:
         return (
-            f"prompts of {self.config.teacher.model} on {self.ranks.device}: {len(self.samples)} images of "
+            f"prompts of {self.teacher.model} on {self.ranks.device}: {len(self.samples)} images of "
             f"{self.num_classes} classes, {self.num_skipped} left out"
         )
 
@@ -216,7 +219,7 @@ class _Adaptation(Training[_Batch]):
             frozen = self._scores(self.texts, self.frozen.tokenizer)
         report = {
             "prompts": str(out),
-            "teacher": self.config.teacher.model,
+            "teacher": self.teacher.model,
             "classes": self.num_classes,
             "images": len(self.samples),
             "skipped": self.num_skipped,
@@ -225,7 +228,7 @@ class _Adaptation(Training[_Batch]):
         }
         about = {"config": self.config.model_dump(mode="json"), "report": report}
         with self.averaged():
-            prompts.save(self.model, out, self.config.teacher.model, self.frozen.digest, about)
+            prompts.save(self.model, out, self.teacher.model, self.frozen.digest, about)
         return report
 
     def _share(self, step: int) -> float:
@@ -255,7 +258,7 @@ class _Adaptation(Training[_Batch]):
         return _Batch([sample.key for sample in samples], torch.from_numpy(np.stack(views)), labels)
 
     def _as_student(self, tokenizer: Any) -> Student:
-        return Student(self.config.teacher.model, Path(), self.frozen.model, tokenizer)
+        return Student(self.teacher.model, Path(), self.frozen.model, tokenizer)
 
     def _scores(self, texts: list[list[str]], tokenizer: Any) -> dict[str, Metrics]:
         """Base-to-novel of every evaluation set."""

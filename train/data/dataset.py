@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from reinforce.config import parse
 from reinforce.data.views import replayed
 from reinforce.errors import ConfigError
+from reinforce.models.pixels import Normaliser
 from train.config import TrainConfig
 from train.data.loader import Tokenizer
 from train.data.order import Order
@@ -92,6 +93,10 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
             "streams": streams,
             "cache_dir": cache_dir,
         }
+        if batch_size * self.world_size % streams:
+            raise ConfigError(
+                f"batch_size {batch_size} x {self.world_size} ranks has to be a multiple of streams {streams}"
+            )
         config = parse(TrainConfig, asked, "ReinforcedDataset")
         self._source = source_of(config)
         self._share = streams // self.world_size
@@ -102,7 +107,7 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
             raise ConfigError(f"image_px {image_px}: views are square; give one number of pixels")
         (self.image_px,) = sides
         self.logit_scales = {name: facts.logit_scale for name, facts in self._source.teachers.items()}
-        self._mean, self._std = (np.array(values, np.float32) for values in (mean, std))
+        self._normalise = Normaliser({"mean": list(mean), "std": list(std)})
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that live on see it change
 
@@ -137,9 +142,7 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
             return torch.from_numpy(np.stack(features).astype(np.float32))
 
         return ReinforcedBatch(
-            torch.from_numpy((pixels.astype(np.float32) / 255 - self._mean) / self._std)
-            .permute(0, 3, 1, 2)
-            .contiguous(),
+            self._normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2)).contiguous(),
             self.tokenizer([shard.captions[text_set][row] for shard, row in rows]),
             {name: stacked([s.image_targets[name][row] for s, row in rows]) for name in self.logit_scales},
             {name: stacked([s.text_targets[text_set][name][row] for s, row in rows]) for name in self.logit_scales},

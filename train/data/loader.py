@@ -1,10 +1,11 @@
 """Batches: the samples that `order` names, decoded and replayed in worker processes, teachers' embeddings beside them.
 
-Columns of a store are read here, one slab a shard and epoch, ahead of need in a thread. A worker gets a sample's place
-in its tar and the parameters of its view, and gives pixels and tokens: it knows neither Zarr nor a model. Batches come
-in the order in which they were asked for, so they are the same for any number of workers.
+Columns of a store are read here, one slab per shard and epoch, ahead of need in a thread. A worker gets a sample's
+place in its tar and the parameters of its view, and gives pixels and tokens: it knows neither Zarr nor a model. Batches
+come in the order in which they were asked for, so they are the same for any number of workers.
 """
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,8 +31,8 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples. `images` uint8 (B, image_px, image_px, 3); `tokens` int64 (B, T) a text set; `image_targets` bfloat16
-    (B, D_k) a teacher; `text_targets` likewise, by set and teacher."""
+    """B samples. `images` uint8 (B, image_px, image_px, 3); `tokens` int64 (B, T) per text set; `image_targets`
+    bfloat16 (B, D_k) per teacher; `text_targets` likewise, by set and teacher."""
 
     keys: list[str]
     images: Tensor
@@ -124,6 +125,7 @@ class Loader:
             num_workers=self._workers,
             collate_fn=_whole,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_without_signals,
         )
         for made in loader:
             if isinstance(made, ReinforceError):
@@ -211,6 +213,12 @@ class _Views(Dataset):
         self, key: str, path: str, offset: int, length: int, size: tuple[int, int], params: np.ndarray
     ) -> np.ndarray:
         return replayed(path, Place(key, offset, length), params, size, self.image_px)
+
+
+def _without_signals(worker: int) -> None:
+    """A terminal or a scheduler signals all processes of a group: only the trainer answers, and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _whole(made: object) -> object:

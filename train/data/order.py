@@ -36,9 +36,10 @@ class Order:
         self.stream_batch = batch_size // streams
         self.seed = seed
         if not self.steps_per_epoch:
+            fits = self.num_samples // streams * streams
             raise ConfigError(
                 f"the shards hold {self.num_samples} good samples, fewer than one batch of {batch_size}; "
-                "set a smaller global_batch_size, or give more shards"
+                + (f"use --set global_batch_size={fits}, or give more shards" if fits > 1 else "give more shards")
             )
 
     def stream(self, stream: int, step: int) -> Iterator[Piece]:

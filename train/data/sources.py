@@ -72,7 +72,7 @@ def source_of(config: TrainConfig) -> Source:
         return StoreSource(Store(config.store), listed, config)
     if config.learns_from_teachers:
         raise ConfigError(
-            "there is nobody to learn from: give a --store"
+            "there are no teachers to learn from: give a --store"
             + ("" if config.comkd else ", or set distill=0 and feature_mse=0 for plain CLIP training")
         )
     return PlainSource(listed, config)

@@ -58,6 +58,11 @@ class Student:
         return dict(self.model.visual.preprocess_cfg)
 
     @property
+    def scans(self) -> bool:
+        """Whether it holds state spaces."""
+        return any(name.endswith("log_decay") for name, _ in self.model.named_parameters())
+
+    @property
     def image_px(self) -> int:
         size = self.preprocess_cfg["size"]
         return int(size if isinstance(size, int) else size[0])
