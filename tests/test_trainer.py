@@ -88,6 +88,21 @@ def test_run_again_finds_that_all_is_done(reinforced: Reinforced, tmp_path: Path
     assert tiny.tree(tmp_path) == before
 
 
+def test_a_finished_training_is_evaluated_on_sets_that_are_new_to_it(reinforced: Reinforced, tmp_path: Path) -> None:
+    """Its averaged weights, and only these sets; what it was evaluated on before stays in the report."""
+    tars = reinforced.shards.split("::")
+    asked = config(reinforced, steps=2, ema_decay=0.5)
+    at_once = fit(asked.but(eval_sets={"a": tars[0], "b": tars[1]}), tmp_path / "at_once")["evaluated"]
+    fit(asked.but(eval_sets={"a": tars[0]}), tmp_path / "later")
+    weights = (tmp_path / "later" / WEIGHTS).read_bytes()
+    later = fit(asked.but(eval_sets={"b": tars[1]}), tmp_path / "later")
+    assert later["evaluated"] == at_once and (tmp_path / "later" / WEIGHTS).read_bytes() == weights
+    assert json.loads((tmp_path / "later/report.json").read_text()) == later
+    moved = fit(asked.but(eval_sets={"a": tars[1]}), tmp_path / "later")  # another set under a known name
+    assert moved["evaluated"] == {"a": at_once["b"], "b": at_once["b"]}
+    assert fit(asked, tmp_path / "later") == moved
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_killed_in_mid_epoch_and_resumed_it_is_the_same_curve(
     reinforced: Reinforced, tmp_path: Path, ema_decay: float

@@ -29,7 +29,8 @@ REPORT = "report.json"
 
 def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Train a student into `out`: `config.json`, `metrics.jsonl`, `checkpoints/`, `student/` (an open_clip folder) and
-    `report.json`, which is returned. Called again it goes on where it stopped, or finds that all is done.
+    `report.json`, which is returned. Called again it goes on where it stopped, or finds that all is done; sets that it
+    was not evaluated on before are then evaluated.
 
     Raises ConfigError and StoreError before any work, Diverged where a loss is NaN or infinite.
     """
@@ -37,8 +38,7 @@ def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
         training = _Fit(config, out, ranks)
         step = training.resume()
         if step == training.num_steps and (out / REPORT).is_file():
-            done: dict[str, Any] = json.loads((out / REPORT).read_text())
-            return done
+            return training.done()
         return training.report(training.run(step))
 
 
@@ -129,13 +129,30 @@ class _Fit(Training[Batch]):
             "scans": scan.describe(self.ranks.device),
             **ended.speed,
             "metrics": ended.metrics,
+            "eval_sets": self.config.eval_sets,
             "evaluated": ended.evaluated,
         }
         if self.ranks.is_first:
             with self.averaged():
                 self.model.save(self.out / "student")
-            (self.out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            self._write(report)
         return report
+
+    def done(self) -> dict[str, Any]:
+        """The report of a training that had come to its end before, with the sets that are new to it."""
+        report: dict[str, Any] = json.loads((self.out / REPORT).read_text())
+        # Reports written before there was `eval_sets` name their sets, and not where these lie.
+        known = report.setdefault("eval_sets", {n: self.config.eval_sets.get(n) for n in report["evaluated"]})
+        new = {name: url for name, url in self.config.eval_sets.items() if known.get(name) != url}
+        if new and self.ranks.is_first:
+            with self.averaged():
+                report["evaluated"] |= self.model.evaluate({name: self.eval_sets[name] for name in new})
+            known |= new
+            self._write(report)
+        return report
+
+    def _write(self, report: dict[str, Any]) -> None:
+        (self.out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _trainee(student: Student, source: Source, config: TrainConfig, eval_sets: dict[str, EvalSet]) -> Trainee:

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from reinforce import process
 from reinforce.config import Recipe, RunOptions
-from reinforce.errors import ConfigError, ReinforceError
+from reinforce.errors import ReinforceError
+from reinforce.progress import Progress
 from reinforce.run import driver
 from train.config import TrainConfig
 from train.trainer import fit
@@ -34,14 +33,8 @@ class StepFailed(ReinforceError):
 
 
 def fit_all(trainings: Mapping[str, TrainConfig], out: Path, title: str, at_once: int) -> dict[str, dict[str, Any]]:
-    """The report of each training, by its name; `out/NAME` is its folder. Raises what `train.trainer.fit` does, and
-    ConfigError where a finished training was not evaluated on a set that is asked for now."""
+    """The report of each training, by its name; `out/NAME` is its folder. Raises what `train.trainer.fit` does."""
     reports = side_by_side({out / name: partial(fit, c, out / name) for name, c in trainings.items()}, title, at_once)
-    for name, report in zip(trainings, reports, strict=True):
-        if missing := trainings[name].eval_sets.keys() - report["evaluated"].keys():
-            raise ConfigError(
-                f"{out / name} is finished and was not evaluated on {', '.join(sorted(missing))}; give another --out"
-            )
     return dict(zip(trainings, reports, strict=True))
 
 
@@ -50,15 +43,10 @@ def side_by_side(jobs: Mapping[Path, Callable[[], T]], title: str, at_once: int)
     into `log.txt` in its folder. After the first that fails no other is begun. Raises what the job raises."""
     print(f"{title}: {len(jobs)}; what each prints is in {LOG} of its folder", file=sys.stderr)
     results = []
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), disable=not sys.stderr.isatty()) as bar:
-        try:
-            for folder, result in zip(jobs, pool.map(_alone, jobs, jobs.values()), strict=True):
-                results.append(result)
-                bar.update()
-                if bar.disable:
-                    print(f"  {len(results)}/{len(jobs)} {folder}", file=sys.stderr)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(at_once) as pool, Progress(len(jobs), "step") as progress:
+        for folder, result in zip(jobs, pool.map(_alone, jobs, jobs.values()), strict=True):
+            results.append(result)
+            progress.add(str(folder))
     return results
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipelines.experiments.steps import side_by_side
 from pipelines.samples import emoji
-from pipelines.samples.coca import train_coca
+from pipelines.samples.coca import train_vit_and_coca
 from pipelines.samples.measure import captions_of, measure
 from pipelines.samples.models import VOCABULARY_SIZE, train_clip
 from pipelines.samples.vocabulary import learn_vocabulary
@@ -52,12 +52,6 @@ def train_models(out: Path, logs: Path) -> None:
         logs / "conv": partial(train_clip, "teacher_conv", out, vocabulary),
     }
     side_by_side(jobs, "models", at_once=2)
-
-
-def train_vit_and_coca(out: Path, vocabulary: bytes) -> None:
-    """One after the other, since the CoCa starts from the ViT's tower."""
-    train_clip("teacher_vit", out, vocabulary)
-    train_coca(out, vocabulary)
 
 
 def license_text(copyright_file: Path) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pipelines.samples.models import COCA, TRAINING, describe, in_training, keep
+from pipelines.samples.models import COCA, TRAINING, describe, in_training, keep, train_clip
 from reinforce.config import Captioner
 from reinforce.data import shards
 from reinforce.models import tensorfile
@@ -25,6 +25,12 @@ from train.data.loader import Loader
 from train.data.sources import source_of
 from train.students import WEIGHTS
 from train.trainer import lr_at
+
+
+def train_vit_and_coca(out: Path, vocabulary: bytes) -> None:
+    """One after the other, since the CoCa starts from the ViT's tower."""
+    train_clip("teacher_vit", out, vocabulary)
+    train_coca(out, vocabulary)
 
 
 def train_coca(out: Path, vocabulary: bytes, epochs: int = 40) -> None:
