@@ -14,14 +14,18 @@ from train.students import scan
 
 
 @pytest.fixture(autouse=True)
-def few_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "WARM_UP", 1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
 
 
-def test_rows_for_every_tower_size_and_batch(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_for_every_tower_size_and_batch(two_threads: None, caplog: pytest.LogCaptureFixture) -> None:
     rows = latency.measure(["mamba_tiny", "vit_tiny"], sizes_px=[64, 96], batches=[1, 4], repeats=2)
     kinds = [(row.student, row.tower, row.size, row.batch) for row in rows]
     assert kinds == [
