@@ -34,7 +34,9 @@ def _all(version: VersionOption = False) -> None: ...
 
 @app.command()
 def run(
-    shards: Annotated[str, typer.Argument(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")],
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="tars: braces, '*', several joined by '::', paths or fsspec URLs")
+    ],
     store: StoreOption,
     recipe: Annotated[
         str | None,
@@ -94,7 +96,9 @@ def recipes(json_: JsonOption = False) -> None:
 
 @app.command()
 def recipe(
-    name: Annotated[str, typer.Argument(help="name of a recipe, or a path", autocompletion=lambda: list(listed()))],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="name of a recipe, or a path", autocompletion=lambda: list(listed()))
+    ],
     set_: SetOption = [],
 ) -> None:
     """Print a recipe as JSON, to read it or to begin your own: `clip-reinforce recipe NAME > mine.json`."""

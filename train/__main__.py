@@ -24,7 +24,9 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe: dotted.key=value; may be repeated")
 ]
 _EVAL_HELP = "a folder in CLIP_benchmark's layout, or tars with captions; may be repeated"
-StudentArgument = Annotated[str, typer.Argument(help="a name of the table, or a folder such as runs/NAME/student")]
+StudentArgument = Annotated[
+    str, typer.Argument(metavar="STUDENT", help="a name of the table, or a folder such as runs/NAME/student")
+]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="where it runs; auto: CUDA if there is a card, else the CPU")
 ]
@@ -79,7 +81,7 @@ def fit(
 @app.command(name="eval")
 def eval_(
     student: StudentArgument,
-    sets: Annotated[list[str], typer.Argument(metavar="NAME=SET...", help=_EVAL_HELP)],
+    sets: Annotated[list[str], typer.Argument(metavar="NAME=SET", help=_EVAL_HELP)],
     batch_size: Annotated[int, typer.Option(min=1, help="images or texts per forward pass")] = 256,
     device: DeviceOption = "auto",
     precision: Annotated[
@@ -106,7 +108,7 @@ def eval_(
 @app.command()
 def export(
     student: StudentArgument,
-    out: Annotated[Path, typer.Argument(help="folder to write; it must not exist yet, or be empty")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; it must not exist yet, or be empty")],
     json_: JsonOption = False,
 ) -> None:
     """Write a student as an open_clip folder and as ONNX, and check that both give what the student gives.
@@ -125,7 +127,7 @@ def export(
 
 @app.command()
 def latency(
-    students: Annotated[list[str], typer.Argument(help="names of the table, or folders")],
+    students: Annotated[list[str], typer.Argument(metavar="STUDENT", help="names of the table, or folders")],
     size: Annotated[list[int], typer.Option(min=1, help="pixels per side of an image; may be repeated")] = [256, 512],
     batch: Annotated[list[int], typer.Option(min=1, help="images or texts per call; may be repeated")] = [1],
     repeats: Annotated[int, typer.Option(min=2, help="calls that are timed, after the warm-up")] = 20,
@@ -146,7 +148,10 @@ def latency(
 @app.command()
 def adapt(
     data: Annotated[
-        str, typer.Argument(help="labelled images: a folder in CLIP_benchmark's layout, with a split `train`")
+        str,
+        typer.Argument(
+            metavar="DATA", help="labelled images: a folder in CLIP_benchmark's layout, with a split `train`"
+        ),
     ],
     teacher: Annotated[
         str | None, typer.Option(help="an open_clip model, or local-dir:FOLDER; without it, the recipe's")
@@ -182,8 +187,8 @@ def adapt(
 
 @app.command()
 def classify(
-    student: Annotated[Path, typer.Argument(help="folder of a student trained with comkd")],
-    images: Annotated[list[Path], typer.Argument(help="image files")],
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a student trained with comkd")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="image files")],
     device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
