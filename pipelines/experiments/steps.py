@@ -73,5 +73,5 @@ def _alone(folder: Path, job: Callable[[], T]) -> T:
 def _logged(folder: Path, job: Callable[[], T]) -> T:
     process.torch_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    with (folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):  # line by line
         return job()
