@@ -7,7 +7,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -15,16 +15,21 @@ from reinforce.config import Model, Recipe, RunOptions, parse
 from reinforce.errors import ConfigError
 from reinforce.recipes import choice, listed, load_recipe
 from reinforce.run.reports import RunReport
-from reinforce.terminal import JsonOption, VersionOption, errors_as_sentences, print_tree, start, typed
+from reinforce.terminal import (
+    DeviceOption,
+    JsonOption,
+    SetOption,
+    VersionOption,
+    errors_as_sentences,
+    print_tree,
+    start,
+    typed,
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")]
-SetOption = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe: dotted.key=value; may be repeated")
-]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where there is a card")]
 _DEFAULTS = RunOptions()
 
 

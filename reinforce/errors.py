@@ -15,6 +15,8 @@
 A message says what is wrong, where (shard, key, column), and what to do.
 """
 
+from typing import Self
+
 
 class ReinforceError(Exception):
     """Base of all errors raised on purpose by this project."""
@@ -26,6 +28,14 @@ class ConfigError(ReinforceError, ValueError):
 
 class MissingExtra(ReinforceError, ImportError):
     """A part of the project was used that needs a dependency which is not installed, or not in a version that fits."""
+
+    @classmethod
+    def of_models(cls, package: str) -> Self:
+        """For what the writer and the trainer both need wherever there is a model."""
+        return cls(
+            f"{package} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]', "
+            "the trainer: pip install 'clip-reinforce[train]'"
+        )
 
 
 class ShardError(ReinforceError, OSError):

@@ -1,4 +1,4 @@
-"""What every command of the project shares: how trees and errors are shown, `--json`, `--version`."""
+"""What all commands share: how trees and errors are shown, and the options that are the same everywhere."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,12 @@ def _print_version(asked: bool) -> None:
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print exactly one JSON object on stdout")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe: dotted.key=value; may be repeated")
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="where it runs; auto: CUDA if there is a card, else the CPU")
+]
 VersionOption = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
 ]

@@ -15,20 +15,23 @@ import typer
 from reinforce.config import parse
 from reinforce.errors import ConfigError, SampleError
 from reinforce.recipes import choice, listed
-from reinforce.terminal import JsonOption, VersionOption, errors_as_sentences, print_tree, start, typed
+from reinforce.terminal import (
+    DeviceOption,
+    JsonOption,
+    SetOption,
+    VersionOption,
+    errors_as_sentences,
+    print_tree,
+    start,
+    typed,
+)
 from train.config import TrainConfig, load_training
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-SetOption = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="change the recipe: dotted.key=value; may be repeated")
-]
 _EVAL_HELP = "a folder in CLIP_benchmark's layout, or tars with captions; may be repeated"
 StudentArgument = Annotated[
     str, typer.Argument(metavar="STUDENT", help="a name of the table, or a folder such as runs/NAME/student")
-]
-DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="where it runs; auto: CUDA if there is a card, else the CPU")
 ]
 
 

@@ -13,10 +13,7 @@ try:
 except MissingExtra:
     raise
 except ImportError as error:
-    raise MissingExtra(
-        f"{error.name or error} is not installed; the writer needs: pip install 'clip-reinforce[reinforce]', "
-        "the trainer: pip install 'clip-reinforce[train]'"
-    ) from error
+    raise MissingExtra.of_models(error.name or str(error)) from error
 
 __all__ = ["get_tokenizer", "open_clip"]
 

@@ -12,10 +12,7 @@ try:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 except ImportError as error:
-    raise MissingExtra(
-        "safetensors is not installed; the writer needs: pip install 'clip-reinforce[reinforce]', "
-        "the trainer: pip install 'clip-reinforce[train]'"
-    ) from error
+    raise MissingExtra.of_models("safetensors") from error
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
