@@ -1,0 +1,102 @@
+"""A grid of trainings: rows of settings, each with some seeds, run side by side and put into a table.
+
+Every training is evaluated on the validation split. The test split is opened when all are done, and only if it is asked
+for: settings are chosen with `--split validation`.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.experiments import steps
+from train.collapse import LEAST_SPREAD
+from train.config import TrainConfig
+
+Table = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table, `num_seeds` trainings of `config`, in `OUT/folder_SEED`. `against`: the folder of the row
+    that it is compared with, seed by seed."""
+
+    label: str
+    folder: str
+    config: TrainConfig
+    num_seeds: int
+    against: str | None = None
+
+
+def run(
+    rows: Sequence[Row], sets: Mapping[str, str], split: str, most_seeds: int, out: Path, at_once: int, title: str
+) -> Table:
+    """Train the seeds of every row, at most `most_seeds`, and tell what came of it. `sets`: the evaluation sets by
+    split, one of them `validation`.
+
+    Gives a dictionary for each row: `scores` on `split`, by metric the shares of each seed; `gains` likewise, the
+    differences to the same seeds of the row it is compared with; `warned`, `collapsed` and `seconds` of each seed.
+    Raises what `train.trainer.fit` does.
+    """
+    seeds = {row.folder: range(min(row.num_seeds, most_seeds)) for row in rows}
+    asked = {
+        f"{row.folder}_{seed}": row.config.but(seed=seed, eval_sets={"validation": sets["validation"]})
+        for seed in range(max(map(len, seeds.values())))  # seed by seed, so that a run that is cut short has whole ones
+        for row in rows
+        if seed in seeds[row.folder]
+    }
+    found = steps.fit_all(asked, out, title, at_once)
+    if split != "validation":
+        tested = {name: config.but(eval_sets={split: sets[split]}) for name, config in asked.items()}
+        found = steps.fit_all(tested, out, f"{title}, on {split}", at_once)
+    table: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        reports = [found[f"{row.folder}_{seed}"] for seed in seeds[row.folder]]
+        of_split = [report["evaluated"][split] for report in reports]
+        table[row.folder] = {
+            "label": row.label,
+            "folder": row.folder,
+            "against": row.against,
+            "steps": reports[0]["steps"],
+            "scores": {metric: [scores[metric] for scores in of_split] for metric in of_split[0]},
+            "warned": [report["collapse"] for report in reports],
+            "collapsed": [report["metrics"]["spread"] < LEAST_SPREAD for report in reports],
+            "seconds": [report["seconds"] for report in reports],
+        }
+    for line in table.values():
+        if line["against"] in table:
+            base = table[line["against"]]["scores"]
+            line["gains"] = {
+                metric: [mine - other for mine, other in zip(values, base[metric], strict=False)]
+                for metric, values in line["scores"].items()
+            }
+    return list(table.values())
+
+
+def markdown(table: Table, metrics: Mapping[str, str]) -> str:
+    """The table in percent. `metrics`: their headings by name; those that no row has are left out. The first one is
+    shown seed by seed and compared, of the others the mean."""
+    there = {name: heading for name, heading in metrics.items() if name in table[0]["scores"]}
+    first, *others = there
+    heads = ["", f"{there[first]} by seed", "mean ± sd", "gain, paired", *(there[name] for name in others), "collapsed"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for line in table:
+        values = line["scores"][first]
+        cells = [
+            line["label"],
+            " ".join(f"{100 * value:.1f}" for value in values),
+            _mean(values),
+            _mean(line["gains"][first], signed=True) if "gains" in line else "",
+            *(_mean(line["scores"][name]) for name in others),
+            f"{sum(line['collapsed'])} of {len(values)}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(shares: Sequence[float], signed: bool = False) -> str:
+    """Mean in percent, and the sample standard deviation where there are several."""
+    mean = 100 * statistics.fmean(shares)
+    deviation = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return (f"{mean:+.1f}" if signed else f"{mean:.1f}") + deviation

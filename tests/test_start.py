@@ -1,0 +1,159 @@
+"""How students begin: apart, so that they learn; and what is said of one that does not."""
+
+import io
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor, nn
+
+from pipelines.experiments import labelled
+from reinforce.config import Recipe, RunOptions, Teacher, ViewSet
+from reinforce.data import augment, shards
+from reinforce.run import driver
+from train import students
+from train.config import TrainConfig
+from train.evaluation.metrics import embed_images
+from train.trainer import fit
+
+SMALL = ("mamba_tiny", "mobileclip_s0_tiny", "resnet_tiny", "vit_tiny")
+# A ViT begins closer: what its class token and its positions say is common to all images.
+MOST_COSINE = {"vit_tiny": 0.9, "vit_b_16": 0.9, "mobileclip_b": 0.9}
+NUM_CLASSES = 10
+VIEWS = ViewSet(num_views=4, view_px=64)
+
+
+@cache
+def emoji() -> list[tuple[str, bytes, str]]:
+    """Key, picture and kind of the bundled samples of the ten kinds with most of them."""
+    samples = [
+        (sample["__key__"], sample["jpg"], json.loads(sample["json"])["subgroup"])
+        for tar in sorted(Path("samples/train").glob("*.tar"))
+        for sample in webdataset.WebDataset(str(tar), shardshuffle=False)
+    ]
+    kinds = {name for name, _ in Counter(kind for _, _, kind in samples).most_common(NUM_CLASSES)}
+    return [sample for sample in samples if sample[2] in kinds]
+
+
+@cache
+def views(num: int, size: int) -> list[Tensor]:
+    """Pictures as a training sees them, uint8 (3, size, size)."""
+    drawn = []
+    for key, jpg, _ in emoji()[:: max(1, len(emoji()) // num)][:num]:
+        picture = Image.open(io.BytesIO(jpg)).convert("RGB")
+        shape = (picture.height, picture.width)
+        view = augment.replay(picture, augment.draw(VIEWS, 0, "train", key, 0, shape), shape, size)
+        drawn.append(torch.from_numpy(np.array(view)).permute(2, 0, 1))
+    return drawn
+
+
+def old_start(name: str, folder: Path, seed: int) -> str:
+    """A student as the Mamba students began before: pixels as they are, random biases. Gives its folder."""
+    student = students.create(name, seed)
+    torch.manual_seed(seed)
+    for module in student.model.visual.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            nn.init.uniform_(module.bias, -bound, bound)
+    student.save(folder)
+    config = json.loads((folder / students.CONFIG).read_text())
+    config["preprocess_cfg"] |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    (folder / students.CONFIG).write_text(json.dumps(config))
+    return str(folder)
+
+
+def apart(name: str, seed: int, num: int = 64) -> tuple[float, float]:
+    """Mean cosine of the features of different pictures, and their effective rank: the exponential of the entropy of
+    the shares that the principal axes have of their variance (Roy and Vetterli 2007)."""
+    student = students.create(name, seed)
+    # BatchNorm in training takes the mean away, before it has learned one it does not.
+    student.model.train(any(isinstance(module, nn.BatchNorm2d) for module in student.model.visual.modules()))
+    features = embed_images(student, views(num, student.image_px), num).double()
+    cosines = features @ features.T
+    shares = torch.linalg.svdvals(features - features.mean(0)).square()
+    shares = shares / shares.sum()
+    rank = -(shares * shares.clamp_min(1e-12).log()).sum()
+    return ((cosines.sum() - num) / (num * (num - 1))).item(), rank.exp().item()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pictures_begin_apart(name: str) -> None:
+    for seed in range(3):
+        cosine, rank = apart(name, seed)
+        assert cosine < MOST_COSINE.get(name, 0.7), (seed, cosine)
+        assert rank > (2 if name in MOST_COSINE else 8), (seed, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(students.names()) - set(SMALL)))
+def test_pictures_begin_apart_in_full_size_students(name: str) -> None:
+    for seed in range(3):
+        cosine, rank = apart(name, seed, 16)
+        assert cosine < MOST_COSINE.get(name, 0.7), (seed, cosine)
+        assert rank > (1.5 if name in MOST_COSINE else 4), (seed, rank)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Pictures of ten kinds, each with one of ten sentences, 40 % of them wrong; and what a teacher says of them."""
+
+    shards: str
+    store: str
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    folder = tmp_path_factory.mktemp("taught")
+    kinds = sorted({kind for _, _, kind in emoji()})
+    captioned = (
+        (key, {"jpg": jpg, "txt": labelled.caption(key, kind, kinds, 0.4).encode()}) for key, jpg, kind in emoji()
+    )
+    tar = str(folder / "00000.tar")
+    shards.write(tar, captioned)
+    teacher = Teacher(model="local-dir:samples/models/teacher_conv")
+    recipe = Recipe(name="taught", teachers={"conv": teacher}, view_sets={"base": VIEWS}, captioners={})
+    report = driver.run(tar, str(folder / "store"), recipe, RunOptions(workers="0", device="cpu"))
+    assert not report.failed
+    return Taught(tar, str(folder / "store"))
+
+
+def training(taught: Taught, student: str, seed: int) -> TrainConfig:
+    return TrainConfig(
+        student=student, shards=taught.shards, store=taught.store, seed=seed, steps=120, lr=7e-4, global_batch_size=32,
+        log_every_n_steps=1, precision="fp32", workers=0, report_to=[],
+    )  # fmt: skip
+
+
+def spreads(out: Path) -> list[float]:
+    return [
+        line["spread"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "spread" in line
+    ]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_it_leaves_the_plateau(name: str, taught: Taught, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for seed in range(5):
+        out = tmp_path / str(seed)
+        report = fit(training(taught, name, seed), out)
+        print(name, seed, report["metrics"], report["seconds"], [round(x, 3) for x in spreads(out)[::10]])
+        assert report["collapse"] is None and not caplog.records
+        assert median(spreads(out)[-20:]) > 0.1
+
+
+def test_a_collapse_is_seen_once_and_kept(taught: Taught, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for seed in range(5):
+        out = tmp_path / str(seed)
+        old = old_start("mamba_tiny", tmp_path / f"old{seed}", seed)
+        report = fit(training(taught, old, seed), out)
+        print(seed, report["metrics"], report["collapse"], report["seconds"], [round(x, 3) for x in spreads(out)[::10]])
+        print(caplog.text)
+        caplog.clear()
