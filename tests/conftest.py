@@ -34,6 +34,7 @@ HEAVY = {
     "test_process",
     "test_s3",
     "test_samples",
+    "test_start",
     "test_students",
     "test_train_cli",
     "test_trainer",
