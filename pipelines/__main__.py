@@ -4,7 +4,7 @@ import sys
 
 from reinforce.terminal import errors_as_sentences
 
-EXPERIMENTS = ("comkd", "lambda_sweep", "sample")
+EXPERIMENTS = ("comkd", "lambda_sweep", "sample", "start")
 
 
 def main() -> None:
@@ -17,8 +17,10 @@ def main() -> None:
         from pipelines.experiments.comkd import main as run
     elif name == "lambda_sweep":
         from pipelines.experiments.lambda_sweep import main as run
-    else:
+    elif name == "sample":
         from pipelines.experiments.sample import main as run
+    else:
+        from pipelines.experiments.start import main as run
     with errors_as_sentences():
         run(sys.argv[2:])
 

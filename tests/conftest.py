@@ -29,6 +29,7 @@ HEAVY = {
     "test_docs",
     "test_door",
     "test_driver",
+    "test_experiments",
     "test_export",
     "test_latency",
     "test_process",

@@ -1,6 +1,5 @@
 """How students begin: apart, so that they learn; and what is said of one that does not."""
 
-import io
 import json
 import math
 from collections import Counter
@@ -10,27 +9,23 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor, nn
 
-from pipelines.experiments import labelled
+from pipelines.experiments import labelled, start
 from reinforce.config import Recipe, RunOptions, Teacher, ViewSet
-from reinforce.data import augment, shards
+from reinforce.data import shards
 from reinforce.run import driver
 from train import collapse, students
 from train.config import LoopConfig, TrainConfig
-from train.evaluation.metrics import embed_images
 from train.logs import Journal
 from train.trainer import fit
 
-SMALL = ("mamba_tiny", "mobileclip_s0_tiny", "resnet_tiny", "vit_tiny")
 # A ViT begins closer: what its class token and its positions say is common to all images.
 MOST_COSINE = {"vit_tiny": 0.9, "vit_b_16": 0.9, "mobileclip_b": 0.9}
 NUM_CLASSES = 10
@@ -49,18 +44,6 @@ def emoji() -> list[tuple[str, bytes, str]]:
     return [sample for sample in samples if sample[2] in kinds]
 
 
-@cache
-def views(num: int, size: int) -> list[Tensor]:
-    """Pictures as a training sees them, uint8 (3, size, size)."""
-    drawn = []
-    for key, jpg, _ in emoji()[:: max(1, len(emoji()) // num)][:num]:
-        picture = Image.open(io.BytesIO(jpg)).convert("RGB")
-        shape = (picture.height, picture.width)
-        view = augment.replay(picture, augment.draw(VIEWS, 0, "train", key, 0, shape), shape, size)
-        drawn.append(torch.from_numpy(np.array(view)).permute(2, 0, 1))
-    return drawn
-
-
 def old_start(name: str, folder: Path, seed: int) -> str:
     """A student as the Mamba students began before: pixels as they are, random biases. Gives its folder."""
     student = students.create(name, seed)
@@ -76,35 +59,39 @@ def old_start(name: str, folder: Path, seed: int) -> str:
     return str(folder)
 
 
-def apart(name: str, seed: int, num: int = 64) -> tuple[float, float]:
-    """Mean cosine of the features of different pictures, and their effective rank: the exponential of the entropy of
-    the shares that the principal axes have of their variance (Roy and Vetterli 2007)."""
-    student = students.create(name, seed)
-    # BatchNorm in training takes the mean away, before it has learned one it does not.
-    student.model.train(any(isinstance(module, nn.BatchNorm2d) for module in student.model.visual.modules()))
-    features = embed_images(student, views(num, student.image_px), num).double()
-    cosines = features @ features.T
-    shares = torch.linalg.svdvals(features - features.mean(0)).square()
-    shares = shares / shares.sum()
-    rank = -(shares * shares.clamp_min(1e-12).log()).sum()
-    return ((cosines.sum() - num) / (num * (num - 1))).item(), rank.exp().item()
+@cache
+def views(num: int, size: int) -> list[Tensor]:
+    return start.views_of("samples/train/*.tar", num, size)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_pictures_begin_apart(name: str) -> None:
+def check_they_begin_apart(name: str, num: int, least_rank: float) -> None:
     for seed in range(3):
-        cosine, rank = apart(name, seed)
+        student = students.create(name, seed)
+        cosine, rank = start.apart(student, views(num, student.image_px))
         assert cosine < MOST_COSINE.get(name, 0.7), (seed, cosine)
-        assert rank > (2 if name in MOST_COSINE else 8), (seed, rank)
+        assert rank > least_rank, (seed, rank)
+
+
+@pytest.mark.parametrize("name", start.SMALL)
+def test_pictures_begin_apart(name: str) -> None:
+    check_they_begin_apart(name, 64, 2 if name in MOST_COSINE else 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(students.names()) - set(SMALL)))
-def test_pictures_begin_apart_in_full_size_students(name: str) -> None:
-    for seed in range(3):
-        cosine, rank = apart(name, seed, 16)
-        assert cosine < MOST_COSINE.get(name, 0.7), (seed, cosine)
-        assert rank > (1.5 if name in MOST_COSINE else 4), (seed, rank)
+@pytest.mark.parametrize("name", sorted(set(students.names()) - set(start.SMALL)))
+def test_pictures_begin_apart_in_students_of_full_size(name: str) -> None:
+    check_they_begin_apart(name, 16, 1.5 if name in MOST_COSINE else 4)
+
+
+def test_the_start_that_fell_onto_one_point_is_seen(tmp_path: Path) -> None:
+    old = students.create(old_start("mamba_tiny", tmp_path, 0))
+    assert start.apart(old, views(64, 64))[0] > 0.9
+
+
+def test_how_far_apart_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    start.main(["vit_tiny", "--seeds", "2", "--images", "8"])
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3 and told[2].startswith("| `vit_tiny` | 0.")
 
 
 @dataclass(frozen=True)
@@ -157,7 +144,7 @@ def test_it_leaves_the_plateau(taught: Taught, tmp_path: Path, caplog: pytest.Lo
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", start.SMALL)
 def test_every_small_student_leaves_the_plateau_with_every_seed(name: str, taught: Taught, tmp_path: Path) -> None:
     for seed in range(5):
         check_it_leaves_the_plateau(taught, name, seed, tmp_path / str(seed))
