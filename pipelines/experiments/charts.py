@@ -19,18 +19,21 @@ def bars(path: Path, groups: Mapping[str, Table], metric: str, title: str, ylabe
     """A group of bars for each table, one for each of its rows, in percent: the mean, a line of one sample deviation to
     either side, a dot for each seed."""
     figure, axes = _page(title, ylabel)
-    labels = [line["label"] for line in next(iter(groups.values()))]
-    width = 0.8 / len(labels)
-    for index, label in enumerate(labels):
-        for place, table in enumerate(groups.values()):
-            shares = [100 * share for share in table[index]["scores"][metric]]
-            x = place + (index - (len(labels) - 1) / 2) * width
-            colour = COLOURS[index % len(COLOURS)]
-            axes.bar(x, statistics.fmean(shares), 0.9 * width, color=colour, label=label if not place else None)
+    labels = list(dict.fromkeys(line["label"] for table in groups.values() for line in table))
+    named = set[str]()
+    for place, table in enumerate(groups.values()):
+        width = 0.8 / len(table)
+        for index, line in enumerate(table):
+            shares, label = [100 * share for share in line["scores"][metric]], line["label"]
+            x = place + (index - (len(table) - 1) / 2) * width
+            colour = COLOURS[labels.index(label) % len(COLOURS)]
+            mean = statistics.fmean(shares)
+            axes.bar(x, mean, 0.9 * width, color=colour, label=None if label in named else label)
             if len(shares) > 1:
-                axes.errorbar(x, statistics.fmean(shares), statistics.stdev(shares), color=INK, capsize=3, lw=1)
+                axes.errorbar(x, mean, statistics.stdev(shares), color=INK, capsize=3, lw=1)
             axes.plot([x] * len(shares), shares, "o", color=INK, markersize=2.5, alpha=0.6)
-    axes.set_xticks(range(len(groups)), list(groups))
+            named.add(label)
+    axes.set_xticks(range(len(groups)), [name.replace(", ", "\n") for name in groups])
     _save(figure, axes, path)
 
 

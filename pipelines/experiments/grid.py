@@ -19,9 +19,10 @@ Table = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table, `num_seeds` trainings of `config`, in `OUT/folder_SEED`. `against`: the folder of the row
-    that it is compared with, seed by seed."""
+    """One line of the table `group`: `num_seeds` trainings of `config`, in `OUT/folder_SEED`. `against`: the folder of
+    the row that it is compared with, seed by seed."""
 
+    group: str
     label: str
     folder: str
     config: TrainConfig
@@ -55,6 +56,7 @@ def run(
         reports = [found[f"{row.folder}_{seed}"] for seed in seeds[row.folder]]
         of_split = [report["evaluated"][split] for report in reports]
         table[row.folder] = {
+            "group": row.group,
             "label": row.label,
             "folder": row.folder,
             "against": row.against,
@@ -72,6 +74,14 @@ def run(
                 for metric, values in line["scores"].items()
             }
     return list(table.values())
+
+
+def grouped(table: Table) -> dict[str, Table]:
+    """Its lines by group."""
+    groups: dict[str, Table] = {}
+    for line in table:
+        groups.setdefault(line["group"], []).append(line)
+    return groups
 
 
 def markdown(table: Table, metrics: Mapping[str, str]) -> str:

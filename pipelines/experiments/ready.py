@@ -4,8 +4,6 @@ All experiments on one data set share this folder, so that teachers and stores a
 captions only, as in practice they learn from better data than their students. They are convolutional, of 6.8 M weights.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,12 +50,6 @@ def make(prefix: str, out: Path, split: str, at_once: int) -> Ready:
     for noise in NOISES:
         steps.write_store(shards[noise], stores[noise], _recipe(out, list(asked)), at_once)
     return Ready(shards, stores, sets, {name: report["evaluated"][split] for name, report in reports.items()})
-
-
-def write_table(out: Path, found: Mapping[str, object], text: str) -> None:
-    """`out/table.json`, and `out/table.md` as the pages in docs/results show it."""
-    (out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "table.md").write_text(text)
 
 
 def _recipe(out: Path, teachers: list[str]) -> Recipe:

@@ -6,7 +6,6 @@ what is left: of a training that has come to its end, nothing but to open it.
 
 import multiprocessing
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,31 +30,6 @@ T = TypeVar("T")
 
 class StepFailed(ReinforceError):
     """A step of an experiment ended without its result."""
-
-
-def add_options(parser: ArgumentParser) -> None:
-    """What experiments on a labelled data set have in common."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="PREFIX",
-        help="the data set: tars in PREFIX_train, PREFIX_validation and PREFIX_test",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder that is written (default: runs/DATA/EXPERIMENT); teachers and stores lie beside it, shared",
-    )
-    parser.add_argument(
-        "--split",
-        choices=("validation", "test"),
-        default="test",
-        help="what is reported (default: test); choose settings on validation",
-    )
-    parser.add_argument("--seeds", type=int, default=99, help="at most so many trainings for each row")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the students")
-    parser.add_argument("--at-once", type=int, default=2, help="trainings side by side, one thread each (default: 2)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def fit_all(trainings: Mapping[str, TrainConfig], out: Path, title: str, at_once: int) -> dict[str, dict[str, Any]]:
