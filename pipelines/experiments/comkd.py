@@ -106,6 +106,9 @@ def variants(num_classes: int) -> dict[str, dict[str, Any]]:
     return {
         "KL only": {"align": 0.0, "attention": False},
         "KL + IFAlign": {"attention": False},
+        "KL + IFAlign, as a mean": {"attention": False, "align_average": True},
+        "KL + IFAlign, for each image": {"attention": False, "align_over": "width"},
+        "KL + IFAlign, for each image, as a mean": {"attention": False, "align_over": "width", "align_average": True},
         "KL + EduAttention": {"align": 0.0},
         f"KL + EduAttention, C = {SHARP}": {"align": 0.0, "attention_scale": SHARP},
         "full": {},
