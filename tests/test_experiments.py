@@ -157,7 +157,9 @@ def test_from_labelled_tars_to_the_table_of_the_sweep(
         f"{noise}_{length}_{weight}" for noise in ("clean", "noisy") for length in (2, 3) for weight in ("0", "0.75")
     ]
     assert found["teachers"].keys() == {"teacher_0", "teacher_1"} and found["teachers"]["teacher_0"]["num"] == 9
-    assert "2 steps, 40% of captions wrong:" in (tmp_path / "food/sweep/table.md").read_text()
+    text = (tmp_path / "food/sweep/table.md").read_text()
+    assert "2 steps, 40% of captions wrong:" in text and "On test, teachers: teacher_0 top-1 " in text
+    assert "\n10 trainings, 0 minutes of one core in all.\n" in text
     drawn = {path.name for path in (tmp_path / "food/sweep").glob("*.png")}
     assert drawn == {"bars.png", *(f"curves_{group}.png" for group in range(4))}
 

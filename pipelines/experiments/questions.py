@@ -16,6 +16,7 @@ from pathlib import Path
 from pipelines.experiments import charts, grid, ready
 from pipelines.experiments.grid import Row, Table
 from train.config import TrainConfig, load_training
+from train.evaluation.metrics import Metrics
 
 METRICS = {"top1": "top-1", "mean_per_class": "mean per class", "coarse_top1": "coarse top-1"}
 REINFORCED = 0.75  # lambda of the students that learn from teachers, where lambda is not the question
@@ -96,11 +97,23 @@ def main(name: str, argv: list[str]) -> None:
     table = grid.run(rows, made.sets, options.split, options.seeds, out, options.at_once, "students")
     found = {"question": name, "data": options.data, "split": options.split, "teachers": made.teachers, "rows": table}
     groups = grid.grouped(table)
-    text = "\n".join(f"{group}:\n\n{grid.markdown(lines, METRICS)}" for group, lines in groups.items())
+    text = _markdown(made.teachers, groups, options.split)
     (out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "table.md").write_text(text)
     _draw(rows, groups, out, options.split)
     print(json.dumps(found) if options.json else text)
+
+
+def _markdown(teachers: dict[str, Metrics], groups: dict[str, Table], split: str) -> str:
+    """A table for each group, the teachers' own figures, and what it cost."""
+    tables = [f"{group}:\n\n{grid.markdown(lines, METRICS)}" for group, lines in groups.items()]
+    scores = "; ".join(
+        f"{name} " + ", ".join(f"{heading} {100 * of[key]:.1f}" for key, heading in METRICS.items() if key in of)
+        for name, of in teachers.items()
+    )
+    seconds = [s for lines in groups.values() for line in lines for s in line["seconds"]]
+    cost = f"{len(seconds)} trainings, {sum(seconds) / 60:.0f} minutes of one core in all."
+    return "\n".join([*tables, f"On {split}, teachers: {scores}.", cost, ""])
 
 
 def _wrong(noise: str) -> str:
