@@ -1,15 +1,14 @@
 """Tables of trainings as pictures: bars of what they reach, curves of how they get there."""
 
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.experiments.grid import Row, Table
-from train.logs import METRICS
+from pipelines.experiments import grid
+from pipelines.experiments.grid import Table
 
 COLOURS = ("#9aa5b1", "#7fb3d5", "#2166ac", "#08306b", "#d6604d", "#5aae61", "#762a83")
 INK = "#1f2933"
@@ -37,23 +36,17 @@ def bars(path: Path, groups: Mapping[str, Table], metric: str, title: str, ylabe
     _save(figure, axes, path)
 
 
-def curves(path: Path, rows: Sequence[Row], out: Path, metric: str, title: str, ylabel: str) -> None:
-    """`metric` of an evaluation set against samples seen: the mean over seeds thick, each seed thin. Percent."""
+def curves(path: Path, table: Table, title: str, ylabel: str) -> None:
+    """Top-1 on validation against samples seen, for each row: the mean over seeds thick, each seed thin. Percent."""
     figure, axes = _page(title, ylabel)
-    for index, row in enumerate(rows):
-        seeds = [_curve(path, metric) for path in sorted(out.glob(f"{row.folder}_[0-9]*/{METRICS}"))]
-        colour, batch = COLOURS[index % len(COLOURS)], row.config.global_batch_size
-        for curve in seeds:
-            axes.plot([s * batch for s in curve], [100 * v for v in curve.values()], color=colour, lw=0.6, alpha=0.5)
-        mean = {step: statistics.fmean(curve[step] for curve in seeds) for step in seeds[0]}
-        axes.plot([s * batch for s in mean], [100 * v for v in mean.values()], color=colour, lw=2, label=row.label)
+    for index, line in enumerate(table):
+        colour = COLOURS[index % len(COLOURS)]
+        for curve in line["curves"]:
+            axes.plot(list(curve), [100 * top1 for top1 in curve.values()], color=colour, lw=0.6, alpha=0.5)
+        mean = grid.mean_curve(line["curves"])
+        axes.plot(list(mean), [100 * top1 for top1 in mean.values()], color=colour, lw=2, label=line["label"])
     axes.set_xlabel("samples seen")
     _save(figure, axes, path)
-
-
-def _curve(path: Path, metric: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["step"]: line[metric] for line in lines if metric in line}
 
 
 def _page(title: str, ylabel: str) -> tuple[Figure, Axes]:

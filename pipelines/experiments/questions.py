@@ -100,7 +100,7 @@ def main(name: str, argv: list[str]) -> None:
     text = _markdown(made.teachers, groups, options.split)
     (out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "table.md").write_text(text)
-    _draw(rows, groups, out, options.split)
+    _draw(groups, out, options.split)
     print(json.dumps(found) if options.json else text)
 
 
@@ -120,13 +120,10 @@ def _wrong(noise: str) -> str:
     return f"{ready.NOISES[noise]:.0%} of captions wrong"
 
 
-def _draw(rows: list[Row], groups: dict[str, Table], out: Path, split: str) -> None:
+def _draw(groups: dict[str, Table], out: Path, split: str) -> None:
     charts.bars(out / "bars.png", groups, "top1", f"top-1 on {split}", "percent")
-    for number, group in enumerate(groups):
-        of_group = [row for row in rows if row.group == group]
-        charts.curves(
-            out / f"curves_{number}.png", of_group, out, "validation/top1", f"{group}: validation", "top-1, %"
-        )
+    for number, (group, lines) in enumerate(groups.items()):
+        charts.curves(out / f"curves_{number}.png", lines, f"{group}: top-1 on validation", "percent")
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
