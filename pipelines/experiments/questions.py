@@ -34,7 +34,7 @@ def lambda_sweep(training: TrainConfig, noise: str) -> list[Row]:
             group=f"{steps} steps, {_wrong(noise)}",
             label=f"λ = {weight:g}",
             folder=f"{noise}_{steps}_{weight:g}",
-            config=training.but(steps=steps, distill=weight),
+            config=training.but(steps=steps, warmup=steps // 4, distill=weight),
             num_seeds=num_seeds,
             against=f"{noise}_{steps}_0" if weight else None,
         )
