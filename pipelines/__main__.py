@@ -4,7 +4,13 @@ import sys
 
 from reinforce.terminal import errors_as_sentences
 
-QUESTIONS = ("feature_distance", "lambda_sweep", "many_students")  # all of pipelines/experiments/questions.py
+QUESTIONS = (
+    "feature_distance",
+    "how_many",
+    "ladder",
+    "lambda_sweep",
+    "many_students",
+)  # all of pipelines/experiments/questions.py
 EXPERIMENTS = ("comkd", "sample", "start", *QUESTIONS)
 
 

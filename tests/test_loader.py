@@ -3,6 +3,7 @@
 import shutil
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,17 @@ def test_views_and_captions_in_drawn_order(reinforced: Reinforced) -> None:
     views = {epoch: drawn.open("00000", epoch).params.tobytes() for epoch in range(12)}
     assert len(set(views.values())) == 3
     assert views[0] == source_of(config(reinforced, view_order="random")).open("00000", 0).params.tobytes()
+
+
+def test_only_so_many_views_and_captions(reinforced: Reinforced) -> None:
+    def opened(**changes: Any) -> list[tuple[bytes, list[str]]]:
+        source = source_of(config(reinforced, **changes))
+        return [(o.params.tobytes(), o.captions["coca"]) for o in (source.open("00000", epoch) for epoch in range(6))]
+
+    views, captions = zip(*opened(), strict=True)
+    assert opened(num_views=2) == list(zip([views[e % 2] for e in range(6)], captions, strict=True))
+    assert opened(num_captions=1) == list(zip(views, [captions[0]] * 6, strict=True))
+    assert opened(num_views=9, num_captions=9) == opened()
 
 
 def test_mixed_captions_keep_their_embeddings(reinforced: Reinforced) -> None:

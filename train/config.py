@@ -69,6 +69,8 @@ class TrainConfig(LoopConfig):
     teachers: list[str] | None = Field(None, description="the store's teachers to learn from; all by default")
     view_set: str = "base"
     text_sets: list[str] | None = Field(None, description="the store's text sets to learn from; all by default")
+    num_views: int | None = Field(None, ge=1, description="use only so many of the store's views of each image")
+    num_captions: int | None = Field(None, ge=1, description="use only so many captions of each text set")
     captions: Literal["each", "mix"] = Field(
         "each", description="each: a loss for every text set, summed; mix: one loss, a set drawn for each sample"
     )

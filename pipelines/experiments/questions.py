@@ -77,8 +77,42 @@ def feature_distance(training: TrainConfig, noise: str) -> list[Row]:
     ]
 
 
+def ladder(training: TrainConfig, noise: str) -> list[Row]:
+    """Which rung of MobileCLIP's ladder pays? Each adds one thing to the one below: captions of a CoCa, distillation
+    from one teacher, strong augmentation, a second teacher."""
+    rungs: dict[str, dict[str, object]] = {
+        "plain": {"distill": 0.0, "text_sets": ["original"], "view_set": "light", "teachers": ["teacher_0"]},
+        "+ synthetic captions": {"text_sets": None},
+        "+ distillation": {"distill": REINFORCED},
+        "+ strong augmentation": {"view_set": "base"},
+        "+ a second teacher": {"teachers": None},
+    }
+    rows = []
+    for student in ("mamba_tiny", "vit_tiny"):
+        config, below = training.but(student=student), None
+        for number, (label, added) in enumerate(rungs.items()):
+            config, folder = config.but(**added), f"{noise}_{student}_{number}"
+            rows.append(Row(f"{student}, {_wrong(noise)}", label, folder, config, 3, below))
+            below = folder
+    return rows
+
+
+def how_many(training: TrainConfig, noise: str) -> list[Row]:
+    """How many views and captions does a store need? MobileCLIP's answer is 5 and 2."""
+    most = training.but(steps=1200, warmup=300, distill=REINFORCED)
+    rows = []
+    for what, numbers in (("num_views", (10, 5, 2, 1)), ("num_captions", (5, 2, 1))):
+        for number in numbers:
+            folder, base = f"{noise}_{what}_{number}", f"{noise}_{what}_{numbers[0]}"
+            against = base if number != numbers[0] else None
+            label = f"{number} {what.removeprefix('num_')}"
+            rows.append(Row(f"{what}, {_wrong(noise)}", label, folder, most.but(**{what: number}), 2, against))
+    return rows
+
+
+CAPTIONED = ("ladder", "how_many")  # these ask for captions of a CoCa in the store
 QUESTIONS: dict[str, Callable[[TrainConfig, str], list[Row]]] = {
-    question.__name__: question for question in (lambda_sweep, many_students, feature_distance)
+    question.__name__: question for question in (lambda_sweep, many_students, feature_distance, ladder, how_many)
 }
 
 
@@ -87,11 +121,12 @@ def main(name: str, argv: list[str]) -> None:
     options = _parser(name).parse_args(argv)
     out: Path = options.out or Path("runs") / Path(options.data).name / name
     made = ready.make(options.data, out.parent, options.split, options.at_once)
+    stores = ready.captioned(made, out.parent, options.at_once) if name in CAPTIONED else made.stores
     training = load_training("lambda_sweep", options.set)
     rows = [
         row
         for noise in ready.NOISES
-        for row in QUESTIONS[name](training.but(shards=made.shards[noise], store=made.stores[noise]), noise)
+        for row in QUESTIONS[name](training.but(shards=made.shards[noise], store=stores[noise]), noise)
         if re.search(options.only, row.folder)
     ]
     table = grid.run(rows, made.sets, options.split, options.seeds, out, options.at_once, "students")

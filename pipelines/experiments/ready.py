@@ -5,17 +5,21 @@ captions only, as in practice they learn from better data than their students. T
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from pipelines.experiments import labelled, steps
+from pipelines.experiments import bundled, labelled, steps
+from pipelines.experiments.captioner import learn_to_caption
 from pipelines.lambda_sweep import VIEWS
-from reinforce.config import Recipe, Teacher
+from reinforce.config import Captioner, Recipe, Teacher
+from train import students
 from train.config import load_training
 from train.evaluation.metrics import Metrics
 
 CLEAN, NOISY = "clean", "noisy"
 NOISES = {CLEAN: 0.0, NOISY: 0.4}  # shares of wrong captions
 NUM_TEACHERS = 2
+LIGHT = VIEWS.but(num_ops=0)  # crops alone
 TEACHER = {
     "student": "resnet_tiny",
     "distill": 0,
@@ -25,6 +29,7 @@ TEACHER = {
     "warmup": 70,
     "eval_every_n_steps": None,
 }
+CAPTIONER = {"distill": 0, "global_batch_size": 64, "steps": 1000, "lr": 1e-3, "warmup": 60}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,24 @@ def make(prefix: str, out: Path, split: str, at_once: int) -> Ready:
     for noise in NOISES:
         steps.write_store(shards[noise], stores[noise], _recipe(out, list(asked)), at_once)
     return Ready(shards, stores, sets, {name: report["evaluated"][split] for name, report in reports.items()})
+
+
+def captioned(made: Ready, out: Path, at_once: int) -> dict[str, str]:
+    """Stores that also hold views that are crops alone, `light`, and five captions of a CoCa; by the kind of captions
+    in the tars. The CoCa learns from right captions, as the teachers do. Raises as `make` does."""
+    folder, stores = out / "captioner", {noise: f"{out}/{noise}_captioned.zarr" for noise in NOISES}
+    if not (folder / students.WEIGHTS).is_file():
+        training = load_training("lambda_sweep").but(**CAPTIONER, shards=made.shards[CLEAN])
+        job = partial(learn_to_caption, bundled() / "models/coca", folder, training)
+        steps.side_by_side({folder: job}, "captioner", 1)
+    whole = _recipe(out, list(made.teachers)).but(
+        name="captioned",
+        view_sets={"base": VIEWS, "light": LIGHT},
+        captioners={"coca": Captioner(model=f"local-dir:{folder}", num_captions=5, temperature=0.5, max_tokens=16)},
+    )
+    for noise, store in stores.items():
+        steps.write_store(made.shards[noise], store, whole, at_once)
+    return stores
 
 
 def _recipe(out: Path, teachers: list[str]) -> Recipe:

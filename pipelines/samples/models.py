@@ -3,12 +3,12 @@
 They learn by `clip-train fit` without a store.
 """
 
-import copy
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipelines.experiments.captioner import in_training, save_halves
 from reinforce.config import ViewSet
 from reinforce.models import tensorfile
 from reinforce.models.open_clip import open_clip
@@ -18,7 +18,6 @@ from train.trainer import fit
 
 VOCABULARY = "bpe.txt.gz"
 VOCABULARY_SIZE = 2000
-PATCH_DROPOUT = 0.5  # half of a ViT's patches are left out in training
 # What the CLIPs and the CoCa have in common.
 TRAINING = {
     "distill": 0,
@@ -92,7 +91,7 @@ def train_clip(name: str, out: Path, vocabulary: bytes, epochs: float = 50) -> N
         own = {"student": str(start), "shards": f"{out}/train/*.tar", "global_batch_size": 128, "epochs": epochs}
         fit(TrainConfig().but(**TRAINING, **own), run)
         describe(CLIPS[name], out / "models" / name, vocabulary)
-        keep(run / "student" / WEIGHTS, out / "models" / name)
+        save_halves(tensorfile.load(run / "student" / WEIGHTS)[0], out / "models" / name)
 
 
 def describe(config: dict[str, Any], folder: Path, vocabulary: bytes) -> None:
@@ -100,18 +99,3 @@ def describe(config: dict[str, Any], folder: Path, vocabulary: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     (folder / VOCABULARY).write_bytes(vocabulary)
-
-
-def in_training(config: dict[str, Any]) -> dict[str, Any]:
-    """The same model, with patches left out where it is a ViT."""
-    changed = copy.deepcopy(config)
-    if "patch_size" in changed["model_cfg"]["vision_cfg"]:
-        changed["model_cfg"]["vision_cfg"]["patch_dropout"] = PATCH_DROPOUT
-    return changed
-
-
-def keep(weights: Path, folder: Path) -> None:
-    """Copy a file of weights into a model's folder, as float16."""
-    tensors, _ = tensorfile.load(weights)
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    tensorfile.save(halves, folder / WEIGHTS)

@@ -89,8 +89,8 @@ class StoreSource:
         view_set = recipe.view_sets.get(config.view_set)
         if view_set is None:
             raise ConfigError(f"{store.url} has no view set '{config.view_set}'; it has {', '.join(recipe.view_sets)}")
-        self._num_views = view_set.num_views
-        self._num_captions = recipe.text_sets
+        self._num_views = min(view_set.num_views, config.num_views or view_set.num_views)
+        self._num_captions = {name: min(num, config.num_captions or num) for name, num in recipe.text_sets.items()}
         asked_texts = [] if config.comkd else config.text_sets
         self.text_sets = _some(asked_texts, list(self._num_captions), "text set", store.url)
         if not self.text_sets and not config.comkd:
