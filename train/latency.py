@@ -1,8 +1,10 @@
 """Milliseconds per call of a student's towers, by one protocol for all students.
 
 Every student is folded, in eval mode and inference mode, warmed up, and run on random inputs that are already on the
-device. Eager or compiled is one choice for all rows. On CUDA a tower is captured in a CUDA graph and replayed, so that
-no student is judged by how many kernels it launches; time is between two CUDA events. Elsewhere it is the wall clock.
+device. Eager or compiled is one choice for all rows; each row is compiled anew for its own shape, since torch.compile
+stops making graphs of code that it has compiled for several models. On CUDA a tower is captured in a CUDA graph and
+replayed, so that no student is judged by how many kernels it launches; time is between two CUDA events; an image tower
+runs in both layouts of memory, and the faster one counts. Elsewhere time is the wall clock, and the layout NCHW.
 Compare only rows of one call on one machine; the quartiles beside the median show how steady it was.
 
 What is counted for one input, on the plain definitions of the scans:
@@ -17,7 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from typing import Any, Literal
@@ -58,6 +60,7 @@ class Row:
     precision: Precision
     compiled: bool
     machine: str
+    channels_last: bool = False
 
 
 class _PointwiseCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,6 +105,7 @@ def measure(
     device: str = "cpu",
     precision: Precision = "fp32",
     compiled: bool = False,
+    towers: Iterable[Tower] = ("image", "text"),
 ) -> list[Row]:
     """Rows for every student, its image tower at every size that it takes, its text tower, and every batch.
 
@@ -123,6 +127,8 @@ def measure(
         ]
         inputs.append(("text", tokens.shape[1], _TextTower(model), num_text, tokens))
         for kind, size, tower, params, one in inputs:
+            if kind not in towers:
+                continue
             try:
                 gflops, gops = count(tower, one)
             except (AssertionError, RuntimeError, ValueError) as error:  # what towers of timm, open_clip and ours raise
@@ -131,9 +137,14 @@ def measure(
             ready = copy.deepcopy(tower).to(place, dtype).eval()
             for batch in batches:
                 many = one.expand(batch, *one.shape[1:]).contiguous().to(place, dtype if kind == "image" else None)
-                times = _times(ready, many, repeats, compiled)
-                spread = _spread(times)
-                rows.append(Row(student.name, kind, size, batch, *spread, params, gflops, gops, repeats, **settings))
+                spread, channels_last = _spread(_times(ready, many, repeats, compiled)), False
+                if place.type == "cuda" and kind == "image":
+                    other = _spread(_times(*_channels_last(ready, many), repeats, compiled))
+                    if other[0] is not None and (spread[0] is None or other[0] < spread[0]):
+                        spread, channels_last = other, True
+                counted = (params, gflops, gops)
+                row = Row(student.name, kind, size, batch, *spread, *counted, repeats, **settings)
+                rows.append(replace(row, channels_last=channels_last))
     return rows
 
 
@@ -190,9 +201,16 @@ def _spread(ms: list[float] | None) -> tuple[float | None, float | None, tuple[f
     return median, min(ms), (first, third)
 
 
+def _channels_last(tower: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    turned: Any = copy.deepcopy(tower)
+    return turned.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+
+
 def _times(tower: nn.Module, inputs: Tensor, repeats: int, compiled: bool) -> list[float] | None:
     """Milliseconds of each of `repeats` calls, which are at least 2; None where memory does not suffice."""
-    call = partial(torch.compile(tower) if compiled else tower, inputs)
+    if compiled:
+        torch.compiler.reset()
+    call = partial(torch.compile(tower, dynamic=False) if compiled else tower, inputs)
     try:
         with torch.inference_mode():
             return _cuda_times(call, repeats) if inputs.is_cuda else _wall_times(call, repeats)

@@ -18,7 +18,7 @@ from reinforce.data import augment
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ShardError
 from reinforce.models.captioner import Captioner
-from reinforce.models.device import pick_device
+from reinforce.models.device import card, pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
@@ -51,7 +51,7 @@ class Worker:
             "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
         }
-        self.store.promise(Manifest.of(recipe, described))
+        self.store.promise(Manifest.of(recipe, described, card(device)))
         self._models = threading.Lock()
         for column in self.store.missing(CLASSES, class_columns(recipe)):
             self._commit_classes(column)
