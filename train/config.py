@@ -87,7 +87,9 @@ class TrainConfig(LoopConfig):
     steps: int | None = Field(None, ge=1, description="length in steps; replaces epochs")
     lr: float = Field(1e-3, gt=0)
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
-    warmup: int = Field(1000, ge=0, description="steps of linear warm-up")
+    warmup: int | None = Field(
+        None, ge=0, description="steps of linear warm-up; by default a tenth of the training, at most 1000"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)

@@ -1,16 +1,20 @@
 """What a training reports while it runs: its progress, and its curves as JSON lines and more."""
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 from reinforce.errors import MissingExtra
 from reinforce.progress import Progress
+from train.collapse import Watch
 from train.config import LoopConfig
 
 METRICS = "metrics.jsonl"
 _NOT_OF_A_STEP = ("step", "samples_per_s", "data_wait_share")
+_OF_A_COLLAPSE = ("spread", "image_cosine", "text_cosine")
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -31,12 +35,17 @@ class Journal:
         self._start = time.monotonic()
         self._wait_s = 0.0
         self._progress = Progress(num_steps, "step", done=step, silent=silent)
+        self._watch = Watch()
         self.last_metrics: dict[str, float] = {}  # of the last step that a run before has written
+        self.collapse: dict[str, float] | None = None  # of the step that was warned of, in this run or one before
         if silent:
             return
         self._file, lines = _resumed(folder / METRICS, step)
-        for line in (line for line in lines if "loss" in line):
-            self.last_metrics = {name: value for name, value in line.items() if name not in _NOT_OF_A_STEP}
+        for line in lines:
+            if "loss" in line:
+                self.last_metrics = {name: value for name, value in line.items() if name not in _NOT_OF_A_STEP}
+            elif "collapse/spread" in line:
+                self.collapse = {name.removeprefix("collapse/"): value for name, value in line.items()}
         self._tensorboard = _tensorboard(folder, step) if "tensorboard" in config.report_to else None
         self._wandb = _wandb(folder, config) if "wandb" in config.report_to else None
 
@@ -44,9 +53,25 @@ class Journal:
         """Step number `step` is done. `wait_s`: how long it waited for its data."""
         self._wait_s += wait_s
         _, rate, wait = self.speed(step + 1).values()
-        self._progress.add(f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {wait:.0%} waiting for data")
+        spread = f", spread {metrics['spread']:.2f}" if "spread" in metrics else ""
+        self._progress.add(f"loss {metrics['loss']:.3f}{spread}, {rate:.0f} samples/s, {wait:.0%} waiting for data")
         if (step + 1) % self._config.log_every_n_steps == 0 or step + 1 == self._num_steps:
             self.write(step + 1, {**metrics, "samples_per_s": rate, "data_wait_share": wait})
+        if "spread" in metrics and self._watch.collapsed(step + 1, metrics["spread"]) and not self.collapse:
+            self._warn(step + 1, {name: metrics[name] for name in _OF_A_COLLAPSE})
+
+    def _warn(self, step: int, found: dict[str, float]) -> None:
+        """Once in a training: the collapse goes into the curves, from where a run that goes on takes it up again."""
+        self.collapse = {"step": step, **found}
+        self.write(step, {f"collapse/{name}": value for name, value in found.items()})
+        if not self._silent:
+            log.warning(
+                "step %d: this student tells its samples hardly apart: spread %.3f, mean cosine of different images "
+                "%.3f, of different texts %.3f. It may come free again, so the training goes on. If spread stays so "
+                "low, start it anew: with a longer warmup, a lower lr, or from weights that have learned "
+                "(--student FOLDER); see 'Read the curves' in docs/training.md",
+                *(step, found["spread"], found["image_cosine"], found["text_cosine"]),
+            )
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """One point of each curve, after `step` steps."""

@@ -47,11 +47,13 @@ P = TypeVar("P", bound=Piece)
 
 @dataclass(frozen=True)
 class Ended:
-    """A training that has come to its end: metrics of its last step, and of its evaluation sets."""
+    """A training that has come to its end: metrics of its last step, and of its evaluation sets; and, where it was
+    warned of a collapse, step and metrics of that moment."""
 
     metrics: dict[str, float]
     evaluated: dict[str, Metrics]
     speed: dict[str, float]
+    collapse: dict[str, float] | None
 
 
 class Training(ABC, Generic[P]):
@@ -121,7 +123,8 @@ class Training(ABC, Generic[P]):
         )
         try:
             metrics = self._steps(step, journal)
-            return Ended(metrics, self._evaluate(self.num_steps, journal), journal.speed(self.num_steps))
+            evaluated = self._evaluate(self.num_steps, journal)
+            return Ended(metrics, evaluated, journal.speed(self.num_steps), journal.collapse)
         finally:
             journal.close()
 

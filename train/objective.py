@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reinforce.models.pixels import Normaliser
+from train.collapse import separation
 from train.config import TrainConfig
 from train.data.loader import Batch
 from train.data.sources import TeacherFacts
@@ -103,7 +104,9 @@ class ClipTrainee(Trainee):
         return model
 
     def loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return batch_loss(outputs, batch, self.teachers, self.config)
+        loss, parts = batch_loss(outputs, batch, self.teachers, self.config)
+        image, text = outputs.image["features"], outputs.text["features"]
+        return loss, parts | separation(image, list(text), outputs.logit_scale)
 
     def evaluate(self, sets: Mapping[str, EvalSet]) -> dict[str, Metrics]:
         return evaluate(self.student, sets, precision=self.precision)

@@ -46,11 +46,16 @@ def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
 
 
 def lr_at(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Linear from lr / warmup to lr in `warmup` steps, then a cosine to min_lr (open_clip's schedule)."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, num_steps - config.warmup)
+    """Linear from lr / warm-up to lr in the warm-up's steps, then a cosine to min_lr (open_clip's schedule)."""
+    warmup = warmup_steps(num_steps, config)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, num_steps - warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def warmup_steps(num_steps: int, config: TrainConfig) -> int:
+    return min(num_steps // 10, 1000) if config.warmup is None else config.warmup
 
 
 class _Fit(Training[Batch]):
@@ -86,7 +91,7 @@ class _Fit(Training[Batch]):
             ranks.world_size,
         )
         self.num_steps = config.steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
-        if config.warmup >= self.num_steps:
+        if warmup_steps(self.num_steps, config) >= self.num_steps:
             log.warning(
                 "warm-up takes %d steps and the training %d: the learning rate never reaches lr; --set warmup=%d",
                 *(config.warmup, self.num_steps, self.num_steps // 10),
@@ -138,6 +143,7 @@ class _Fit(Training[Batch]):
             "scans": scan.describe(self.ranks.device),
             **ended.speed,
             "metrics": ended.metrics,
+            "collapse": ended.collapse,
             "eval_sets": self.config.eval_sets,
             "evaluated": ended.evaluated,
         }
