@@ -68,7 +68,7 @@ class Sizes:
 
     product: int = 8192
     copy_bytes: int = 4 << 30
-    repeats: int = 10
+    repeats: int = 6
     lengths: tuple[int, ...] = (64, 200, 256, 1024, 4096, 16384)
     longest_product: int = 4096  # beyond, its masks take too much memory
     longest_definition: int = 4096  # beyond, chunks in float64 stand for it
@@ -139,9 +139,8 @@ class Clock:
         self.device, self.repeats = device, repeats
 
     def ms(self, call: Callable[[], Any]) -> float:
-        for _ in range(2):
-            call()
-        times = []
+        call()
+        times: list[float] = []
         for _ in range(self.repeats):
             if self.device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -189,6 +188,10 @@ def card_(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
     answer.add(product_tflops=2 * side**3 / clock.ms(lambda: a @ b) / 1e9)
     wide = torch.randn(side, side, device=place)
     answer.add(float32_product_tflops=2 * side**3 / clock.ms(lambda: wide @ wide) / 1e9)
+    maps, weights = torch.randn(8, 64, 32, 32, device=place), torch.randn(64, 64, 3, 3, device=place)
+    exact = F.conv2d(maps.double(), weights.double())
+    off = F.conv2d(maps, weights).double() - exact
+    answer.add(float32_convolution_error=float(off.norm() / exact.norm()))  # 3e-4 is TF32
     source = torch.randn(sizes.copy_bytes // 4, device=place)
     target = torch.empty_like(source)
     answer.add(copy_tb_per_s=2 * sizes.copy_bytes / clock.ms(lambda: target.copy_(source)) / 1e9)

@@ -30,25 +30,25 @@ step() {
 
 step 60 "$out" card card
 waiting=
-step 120 "$out/first" scans scans &
+step 100 "$out/first" scans scans &
 waiting="$waiting $!"
-step 120 "$out/first" teachers teachers &
+step 100 "$out/first" teachers teachers &
 waiting="$waiting $!"
 for student in $students; do
     name=${student%:*}
-    step 120 "$out/first" "latency-$name" latency "$name" --size "${student#*:}" &
+    step 100 "$out/first" "latency-$name" latency "$name" --size "${student#*:}" &
     waiting="$waiting $!"
 done
 step 120 "$out" run run
 for pid in $waiting; do wait "$pid"; done
 
 step 90 "$out" scans scans
-step 120 "$out" teachers teachers
-step 120 "$out" pipeline pipeline
+step 90 "$out" teachers teachers
+step 100 "$out" pipeline pipeline
 for student in $students; do
     name=${student%:*}
     step 60 "$out" "latency-$name" latency "$name" --size "${student#*:}"
 done
-step 60 "$out" training training
 step 90 "$out" captions captions
+step 60 "$out" training training
 "$PYTHON" -m benchmarks.gpu table --out "$out"

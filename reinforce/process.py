@@ -93,7 +93,6 @@ def full_float32() -> None:
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @contextmanager

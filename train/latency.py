@@ -3,8 +3,9 @@
 Every student is folded, in eval mode and inference mode, warmed up, and run on random inputs that are already on the
 device. Eager or compiled is one choice for all rows; each row is compiled anew for its own shape, since torch.compile
 stops making graphs of code that it has compiled for several models. On CUDA a tower is captured in a CUDA graph and
-replayed, so that no student is judged by how many kernels it launches; time is between two CUDA events; an image tower
-runs in both layouts of memory, and the faster one counts. Elsewhere time is the wall clock, and the layout NCHW.
+replayed, so that no student is judged by how many kernels it launches; time is between two CUDA events; an eager image
+tower runs in both layouts of memory, and the faster one counts (a compiler chooses its own). Elsewhere time is the wall
+clock, and the layout NCHW.
 Compare only rows of one call on one machine; the quartiles beside the median show how steady it was.
 
 What is counted for one input, on the plain definitions of the scans:
@@ -138,7 +139,7 @@ def measure(
             for batch in batches:
                 many = one.expand(batch, *one.shape[1:]).contiguous().to(place, dtype if kind == "image" else None)
                 spread, channels_last = _spread(_times(ready, many, repeats, compiled)), False
-                if place.type == "cuda" and kind == "image":
+                if place.type == "cuda" and kind == "image" and not compiled:
                     other = _spread(_times(*_channels_last(ready, many), repeats, compiled))
                     if other[0] is not None and (spread[0] is None or other[0] < spread[0]):
                         spread, channels_last = other, True
