@@ -306,7 +306,7 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     answer.add(image_tower_tflop=work_tflop)
     for threads in (sizes.threads[-1], *sizes.threads):  # the first warms up
         spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0}
-        worker.options = worker.options.but(decode_threads=threads)
+        worker.threads = threads
         folder = work / f"stores/{threads}"
         worker.store = Store(str(folder))
         worker.store.promise(promised)

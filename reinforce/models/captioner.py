@@ -24,8 +24,6 @@ class Captioner:
         self.frozen = FrozenModel(config, device, random_seed)
         self.config, self.batch_size = config, batch_size
         coca.check(self.frozen.model, config)
-        if device.type == "cuda":
-            self.frozen.hold()
         preprocess_cfg = open_clip.transform.PreprocessCfg(**self.frozen.preprocess_cfg)
         self._transform = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
 
@@ -45,7 +43,7 @@ class Captioner:
         sot, eot = tokenizer.sot_token_id, tokenizer.eot_token_id
         with torch.inference_mode(), self.frozen.autocast():
             tokens = coca.generate(
-                self.frozen.model, padded.to(self.frozen.device, self.frozen.dtype), self.config, numbers, sot, eot
+                self.frozen.model, padded.to(self.frozen.device), self.config, numbers, sot, eot
             ).cpu()
         return [
             [coca.caption_text(tokens[i, index], tokenizer, sot, eot) for i in range(num)]
