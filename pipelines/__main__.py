@@ -4,7 +4,8 @@ import sys
 
 from reinforce.terminal import errors_as_sentences
 
-EXPERIMENTS = ("comkd", "lambda_sweep", "sample")
+QUESTIONS = ("feature_distance", "lambda_sweep", "many_students")  # all of pipelines/experiments/questions.py
+EXPERIMENTS = ("comkd", "sample", "start", *QUESTIONS)
 
 
 def main() -> None:
@@ -12,15 +13,28 @@ def main() -> None:
     if name not in EXPERIMENTS:
         print(f"{__doc__}\nNames: {', '.join(EXPERIMENTS)}; each explains itself with --help.", file=sys.stderr)
         sys.exit(0 if name in ("", "-h", "--help") else 2)
-    # Only the one that is asked for is imported, since they load torch.
-    if name == "comkd":
-        from pipelines.experiments.comkd import main as run
-    elif name == "lambda_sweep":
-        from pipelines.experiments.lambda_sweep import main as run
-    else:
-        from pipelines.experiments.sample import main as run
     with errors_as_sentences():
-        run(sys.argv[2:])
+        _run(name, sys.argv[2:])
+
+
+def _run(name: str, argv: list[str]) -> None:
+    # Only the one that is asked for is imported, since they load torch.
+    if name in QUESTIONS:
+        from pipelines.experiments import questions
+
+        questions.main(name, argv)
+    elif name == "comkd":
+        from pipelines.experiments import comkd
+
+        comkd.main(argv)
+    elif name == "sample":
+        from pipelines.experiments import sample
+
+        sample.main(argv)
+    else:
+        from pipelines.experiments import start
+
+        start.main(argv)
 
 
 if __name__ == "__main__":

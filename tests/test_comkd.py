@@ -40,6 +40,18 @@ def test_if_align_is_the_slow_definition(num: int) -> None:
     assert comkd.if_align(teacher, teacher[torch.randperm(num)]).item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("num", [2, 7, 64])
+def test_if_align_over_the_width_is_that_of_each_image(num: int) -> None:
+    student, teacher = units(num, WIDTH, seed=1), units(num, WIDTH, seed=2)
+    slow = slow_align(student.numpy().T, teacher.numpy().T)
+    assert comkd.if_align(student, teacher, "width").item() == pytest.approx(slow, rel=1e-5)
+    assert comkd.if_align(student, teacher, "width", average=True).item() == pytest.approx(slow / num, rel=1e-5)
+    shuffled = teacher[:, torch.randperm(WIDTH)]
+    assert comkd.if_align(teacher, shuffled, "width").item() == pytest.approx(0, abs=1e-5)
+    of_batch = comkd.if_align(student, teacher, average=True)
+    assert of_batch.item() == pytest.approx(comkd.if_align(student, teacher).item() / WIDTH, rel=1e-5)
+
+
 def test_a_batch_of_one_has_no_variance_and_its_own_mean() -> None:
     student, teacher = units(1, WIDTH, seed=1).requires_grad_(), units(1, WIDTH, seed=2)
     loss = comkd.if_align(student, teacher)

@@ -35,9 +35,9 @@ def test_the_emoji_are_a_domain(tmp_path: Path) -> None:
     assert domains.of_emoji(tmp_path) == domain and tiny.tree(tmp_path) == written
 
 
-def test_photographs_that_are_not_there_get_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="say where they are with --data"):
-        domains.of_clothing(tmp_path, tmp_path / "out")
+def test_data_that_are_not_there_get_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="say where the data are: --data PREFIX"):
+        domains.of_labelled(str(tmp_path / "nothing"), tmp_path / "out")
 
 
 def test_the_recipe_is_one_of_both_stages() -> None:

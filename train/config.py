@@ -23,6 +23,10 @@ class ComkdConfig(Config):
     kl: float = Field(1.0, ge=0, description="weight of the KL divergence between the logits; 0 for none")
     tau: float = Field(1.0, gt=0, description="its temperature")
     align: float = Field(1.0, ge=0, description="weight of IFAlign; 0 for none")
+    align_over: Literal["batch", "width"] = Field(
+        "batch", description="what its means and variances are taken over: for each feature, or for each image"
+    )
+    align_average: bool = Field(False, description="its distance as a mean, not a sum")
     attention: bool = Field(True, description="EduAttention")
     attention_scale: float | None = Field(
         None, gt=0, description="its C; by default the square root of the teacher's width"

@@ -1,7 +1,7 @@
 """ComKD-CLIP from a store, with small models: how much does each of its two modules add?
 
-Command: python -m pipelines comkd [--data FOLDER]; FOLDER holds clothing_train and clothing_test, without it
-         the domain is the bundled emoji, and their classes are the Unicode blocks.
+Command: python -m pipelines comkd [--data PREFIX], of a labelled data set (pipelines/experiments/labelled.py); without
+         it the domain is the bundled emoji, and their classes are the Unicode blocks.
 Machine: 2 CPU cores, no GPU.
 
 The recipe, pipelines/comkd.py, is for models of any size. This experiment changes what small models need.
@@ -66,11 +66,9 @@ def main(argv: list[str]) -> None:
         prog="python -m pipelines comkd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", type=Path, help="folder with clothing_train and clothing_test (default: the bundled emoji)"
+        "--data", metavar="PREFIX", help="tars in PREFIX_train and PREFIX_test (default: the bundled emoji)"
     )
-    parser.add_argument(
-        "--out", type=Path, help="folder that is written (default: runs/comkd_clothing or runs/comkd_emoji)"
-    )
+    parser.add_argument("--out", type=Path, help="folder that is written (default: runs/DATA/comkd, runs/emoji/comkd)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per variant (default: 3)")
     parser.add_argument(
         "--steps",
@@ -88,7 +86,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
-    out: Path = options.out or Path("runs/comkd_clothing" if options.data else "runs/comkd_emoji")
+    out: Path = options.out or Path("runs") / Path(options.data or "emoji").name / "comkd"
     more = {name: url for name, _, url in (text.partition("=") for text in options.eval)}
     if not all([*more, *more.values()]):
         raise ConfigError(f"--eval {' '.join(options.eval)}: write NAME=SET")
@@ -108,6 +106,9 @@ def variants(num_classes: int) -> dict[str, dict[str, Any]]:
     return {
         "KL only": {"align": 0.0, "attention": False},
         "KL + IFAlign": {"attention": False},
+        "KL + IFAlign, as a mean": {"attention": False, "align_average": True},
+        "KL + IFAlign, for each image": {"attention": False, "align_over": "width"},
+        "KL + IFAlign, for each image, as a mean": {"attention": False, "align_over": "width", "align_average": True},
         "KL + EduAttention": {"align": 0.0},
         f"KL + EduAttention, C = {SHARP}": {"align": 0.0, "attention_scale": SHARP},
         "full": {},
@@ -116,10 +117,10 @@ def variants(num_classes: int) -> dict[str, dict[str, Any]]:
 
 
 class _Experiment:
-    def __init__(self, data: Path | None, out: Path, num_steps: int, at_once: int, more: Mapping[str, str]) -> None:
+    def __init__(self, data: str | None, out: Path, num_steps: int, at_once: int, more: Mapping[str, str]) -> None:
         self.out, self.num_steps, self.at_once = out, num_steps, at_once
         self.training = load_training("comkd")
-        self.domain = domains.of_clothing(data, out / "data") if data else domains.of_emoji(out / "data")
+        self.domain = domains.of_labelled(data, out / "data") if data else domains.of_emoji(out / "data")
         self.sets = {"test": str(self.domain.labelled)}
         self.sets |= {name: str(folder) for name, folder in self.domain.shifted.items()} | dict(more)
         self.learns_teacher = data is not None

@@ -10,8 +10,8 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
-from pipelines.experiments import bundled, clothing
-from pipelines.experiments.clothing import Labelled
+from pipelines.experiments import bundled, labelled
+from pipelines.experiments.labelled import Labelled
 from reinforce.data import shards
 from train.evaluation.sets import write_classification_set
 
@@ -34,12 +34,12 @@ class Domain:
         return (self.labelled / "classnames.txt").read_text().splitlines()
 
 
-def of_clothing(source: Path, out: Path) -> Domain:
-    """Ten kinds of clothing (clothing.py). Raises ConfigError where the photographs are not there."""
-    photographs = clothing.read(source)
-    train = [sample for samples in photographs.train.values() for sample in samples]
-    texts = [clothing.TEMPLATE.format(label) for _, _, label in train]
-    return _written(out, photographs.classes, train, texts, photographs.test)
+def of_labelled(prefix: str, out: Path) -> Domain:
+    """Any labelled data set (labelled.py). Raises ConfigError where it is not there."""
+    data = labelled.read(prefix)
+    train = [sample for samples in data.train.values() for sample in samples]
+    texts = [labelled.TEMPLATE.format(label) for _, _, label in train]
+    return _written(out, data.classes, train, texts, data.test)
 
 
 def of_emoji(out: Path) -> Domain:
@@ -67,7 +67,7 @@ def _emoji(tar: Path) -> Iterable[tuple[Labelled, str]]:
 def _written(out: Path, classes: list[str], train: list[Labelled], captions: list[str], test: list[Labelled]) -> Domain:
     """The domain in `out`. Every run writes it again, so that it always belongs to the source that was asked for."""
 
-    def labelled(samples: list[Labelled], shift: str = "") -> Iterable[tuple[str, dict[str, bytes], int]]:
+    def rows(samples: list[Labelled], shift: str = "") -> Iterable[tuple[str, dict[str, bytes], int]]:
         for key, jpg, label in samples:
             yield key, {"jpg": _shifted(jpg, shift) if shift else jpg}, classes.index(label)
 
@@ -77,11 +77,11 @@ def _written(out: Path, classes: list[str], train: list[Labelled], captions: lis
         str(out / "captioned/00000.tar"),
         ((key, {"jpg": jpg, "txt": text.encode()}) for (key, jpg, _), text in pairs),
     )
-    templates = [clothing.TEMPLATE]
+    templates = [labelled.TEMPLATE]
     for name in SHIFTS:
-        write_classification_set(str(out / name), classes, templates, labelled(test, name))
-    write_classification_set(str(out / "labelled"), classes, templates, labelled(train), 1000, split="train")
-    write_classification_set(str(out / "labelled"), classes, templates, labelled(test))
+        write_classification_set(str(out / name), classes, templates, rows(test, name))
+    write_classification_set(str(out / "labelled"), classes, templates, rows(train), 1000, split="train")
+    write_classification_set(str(out / "labelled"), classes, templates, rows(test))
     return Domain(out / "labelled", f"{out}/captioned/*.tar", {name: out / name for name in SHIFTS})
 
 
@@ -97,4 +97,4 @@ SHIFTS = {"grey": _grey, "coarse": _coarse}
 
 
 def _shifted(jpg: bytes, shift: str) -> bytes:
-    return clothing.jpeg(SHIFTS[shift](Image.open(io.BytesIO(jpg)).convert("RGB")))
+    return labelled.jpeg(SHIFTS[shift](Image.open(io.BytesIO(jpg)).convert("RGB")))

@@ -10,29 +10,35 @@ weights.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Statistics = Literal["batch", "width"]  # what a mean and a variance are taken over
 
-def mean_and_variance(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, D) -> two (D,), over the batch. The variance is the population's, so that of one image it is 0.
 
-    Reconstructed: the axis (the other reading takes statistics over the width) and the kind of variance.
+def mean_and_variance(features: Tensor, over: Statistics = "batch") -> tuple[Tensor, Tensor]:
+    """(B, D) -> two (D,), over the batch; or two (B,), over the width. The variance is the population's, so that of one
+    image it is 0.
+
+    Reconstructed: the axis and the kind of variance.
     """
-    variance, mean = torch.var_mean(features, dim=0, correction=0)
+    variance, mean = torch.var_mean(features, dim=("batch", "width").index(over), correction=0)
     return mean, variance
 
 
-def if_align(student: Tensor, teacher: Tensor) -> Tensor:
+def if_align(student: Tensor, teacher: Tensor, over: Statistics = "batch", average: bool = False) -> Tensor:
     """IFAlign: |mean_t - mean_s|_1 + |variance_t - variance_s|_1 of P(u_s) and u_t, both (B, D).
 
-    The prose's: L1 between means and between variances, added. Reconstructed: the L1 norm as a sum over the width, as
-    it is written, and P(u_s) brought to unit norm, since u_t is. The batch is that of one process and forward pass.
+    The prose's: L1 between means and between variances, added. Reconstructed: the L1 norm as a sum, as it is written
+    (`average`: a mean in its place), and P(u_s) brought to unit norm, since u_t is. Over the batch it is that of one
+    process and forward pass; `over` the width, the other reading, each image has its own mean and variance.
     """
-    pairs = zip(mean_and_variance(student), mean_and_variance(teacher.to(student.dtype)), strict=True)
-    return torch.stack([(of_student - of_teacher).abs().sum() for of_student, of_teacher in pairs]).sum()
+    pairs = zip(mean_and_variance(student, over), mean_and_variance(teacher.to(student.dtype), over), strict=True)
+    distances = torch.stack([(of_student - of_teacher).abs() for of_student, of_teacher in pairs]).sum(0)
+    return distances.mean() if average else distances.sum()
 
 
 def refinement(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:

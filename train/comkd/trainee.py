@@ -80,7 +80,8 @@ class ComkdTrainee(Trainee):
             parts["kl"] = terms.refinement(logits, teacher_logits, self.settings.tau)
             loss = loss + self.settings.kl * parts["kl"]
         if self.settings.align:
-            parts["align"] = terms.if_align(outputs.image[f"guess/{self.teacher}"], target)
+            guess, settings = outputs.image[f"guess/{self.teacher}"], self.settings
+            parts["align"] = terms.if_align(guess, target, settings.align_over, settings.align_average)
             loss = loss + self.settings.align * parts["align"]
         parts["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
         if self.classifier.head.attention:

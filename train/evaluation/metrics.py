@@ -54,16 +54,19 @@ def evaluate(
                 metrics = _retrieval(student, loaded, features, batch_size, precision)
             else:
                 classes = embed_classes(student, eval_set.prompts, batch_size, precision)
-                metrics = zeroshot(features, torch.tensor(loaded.truth), classes)
+                metrics = zeroshot(features, torch.tensor(loaded.truth), classes, eval_set.coarse)
             results[name] = metrics | {"num_skipped": loaded.num_skipped}
     return results
 
 
-def zeroshot(image_features: Tensor, labels: Tensor, class_features: Tensor) -> Metrics:
+def zeroshot(
+    image_features: Tensor, labels: Tensor, class_features: Tensor, coarse: Sequence[str] | None = None
+) -> Metrics:
     """Classification by the nearest class: (N, D) images with `labels` (N,) in 0..C-1, (C, D) classes, unit norm.
 
     `top1`, `top5` (with more than 5 classes only) and `mean_per_class`, the mean of top-1 over the classes that have
-    images, are shares from 0 to 1; `num` is N.
+    images, are shares from 0 to 1; `num` is N. Where `coarse` names the group of each class, `coarse_top1` is the share
+    of images whose nearest class is of the right group.
     """
     classes = torch.arange(len(class_features), device=labels.device)
     num_before = _num_before(image_features, class_features, labels, classes)
@@ -72,7 +75,12 @@ def zeroshot(image_features: Tensor, labels: Tensor, class_features: Tensor) -> 
     share_of_class = labels[right].bincount(minlength=len(num_of_class)).double() / num_of_class
     top5 = {"top5": _share(num_before < 5)} if len(class_features) > 5 else {}
     mean_per_class = share_of_class[num_of_class > 0].mean().item()
-    return {"top1": _share(right)} | top5 | {"mean_per_class": mean_per_class, "num": len(labels)}
+    of_groups = {}
+    if coarse:
+        names = sorted(set(coarse))
+        group = torch.tensor([names.index(name) for name in coarse], device=labels.device)
+        of_groups["coarse_top1"] = _share(_num_before(image_features, class_features, group[labels], group) < 1)
+    return {"top1": _share(right)} | top5 | of_groups | {"mean_per_class": mean_per_class, "num": len(labels)}
 
 
 def retrieval(image_features: Tensor, text_features: Tensor, text_owner: Tensor) -> Metrics:

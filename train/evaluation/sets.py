@@ -4,6 +4,7 @@ A set is a folder in CLIP_benchmark's layout, local or an fsspec URL,
 
     classnames.txt                          one class per line: line i names label i
     zeroshot_classification_templates.txt   one template per line, `{c}` or `{}` where the class goes
+    coarse_classnames.txt                   ours, may be absent: line i names the group that class i is of
     dataset_type.txt                        `retrieval`; absent, or `classification`, for classes
     test/nshards.txt, test/0.tar, ...       image and `.cls`, or image and `.txt` with one caption per line
 
@@ -33,6 +34,7 @@ from reinforce.errors import ConfigError, MissingExtra, SampleError
 from reinforce.models.open_clip import open_clip
 
 CLASSNAMES = "classnames.txt"
+COARSE = "coarse_classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
 NSHARDS = "nshards.txt"
@@ -55,14 +57,15 @@ class EvalSet:
     """One evaluation set. Opening it reads the small files; `load` reads the tars.
 
     `split` takes the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None if the
-    images have captions. Raises ConfigError if something is missing or contradictory, MissingExtra if the URL needs a
-    package that is not installed.
+    images have captions. `coarse` is the group of each class, None where nothing is said of groups. Raises ConfigError
+    if something is missing or contradictory, MissingExtra if the URL needs a package that is not installed.
     """
 
     def __init__(self, url: str, split: str = "test") -> None:
         self.url = url.rstrip("/")
         self.classnames: list[str] | None = None
         self.prompts: list[list[str]] | None = None
+        self.coarse: list[str] | None = None
         self._kept: tuple[dict[str, Any], Loaded] | None = None
         if url.endswith(".tar"):
             self._shards = shards.expand(url)
@@ -75,6 +78,7 @@ class EvalSet:
             self._read = _captioned_by_line
         elif kind == "classification":
             self.classnames, self.prompts = _prompts(folder)
+            self.coarse = _coarse(folder, len(self.classnames))
             self._read = partial(_labelled, num_classes=len(self.prompts))
         else:
             raise ConfigError(f"{self.url}/{TYPE}: says '{kind}'; write classification or retrieval")
@@ -125,13 +129,17 @@ def write_classification_set(
     samples: Iterable[tuple[str, dict[str, bytes], int]],
     samples_per_shard: int = 10_000,
     split: str = "test",
+    coarse: list[str] | None = None,
 ) -> None:
     """Write a set in CLIP_benchmark's layout; `folder` may be a URL. `samples` are (key, {extension: bytes}, label).
+    `coarse`: the group of each class.
 
     `nshards.txt` is written last, so that an unfinished set is refused. Raises ConfigError.
     """
     _check_classes(folder, classnames, templates)
-    for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
+    for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates), (COARSE, coarse or [])):
+        if not lines:
+            continue
         with fsspec.open(f"{folder}/{name}", "w", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
     samples, num_shards = iter(samples), 0
@@ -208,6 +216,13 @@ def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
         if num > 1:  # ImageNet's names have two missiles and two sunglasses
             log.warning("%s: %d classes are called '%s'; tied, none of them counts as right", folder.url, num, name)
     return classnames, [[t.replace("{c}", name).replace("{}", name) for t in templates] for name in classnames]
+
+
+def _coarse(folder: _Folder, num_classes: int) -> list[str] | None:
+    lines = folder.lines(COARSE)
+    if lines is not None and len(lines) != num_classes:
+        raise ConfigError(f"{folder.url}/{COARSE}: {len(lines)} lines for {num_classes} classes; write one for each")
+    return lines
 
 
 def _check_classes(folder: str, classnames: list[str], templates: list[str]) -> None:
