@@ -440,10 +440,11 @@ def latency_(
 ) -> None:
     """One student in a process of its own."""
     answer, sizes, place, _ = begin(f"latency-{name}", out, small, device)
+    repeats = 5 * sizes.repeats
     for compiled in (False, True):
         for batch in sizes.student_batches:
             try:
-                rows = latency.measure([name], [size], [batch], 30, str(place), "bf16", compiled, ["image"])
+                rows = latency.measure([name], [size], [batch], repeats, str(place), "bf16", compiled, ["image"])
             except RuntimeError as error:  # the compiler's
                 answer.add(rows=[{"batch": batch, "compiled": compiled, "error": str(error)[:300]}])
             else:
