@@ -1,19 +1,55 @@
 #!/bin/sh
-# What only a GPU can say: do the kernels of mamba-ssm agree with their definitions, and how fast are the students.
+# What only a GPU can say, in one call of about ten minutes; benchmarks/gpu.py says what each step is, and
+# docs/results/gpu.md what was seen.
 #
-#     sh benchmarks/gpu.sh [FOLDER]        writes kernels.json, latency-eager.json and latency-compiled.json (default: gpu)
+#     sh benchmarks/gpu.sh [--small] [FOLDER]      answers as FOLDER/STEP.json (default: gpu), logs beside them
 #
-# Not yet run: it was written on a machine without a GPU. Needs one of 40 GB or more, CUDA's torch, and mamba-ssm built
-# with MAMBA_KEEP_CUDA_BUILD=TRUE; without mamba-ssm the plain scans are measured, and the files say so.
-set -e
+# Each step has a process and a limit of its own; one that fails or is stopped does not keep the next from running.
+# What is compiled at first use is compiled beforehand, side by side, while the pipeline writes its first store: numbers
+# of that round are in FOLDER/first and are disturbed by each other. Needs CUDA's torch; mamba-ssm's source on PYTHONPATH
+# is enough for its Triton kernels, which run untuned here: to tune them took over a minute for each type of numbers.
+# --small rehearses everything on a CPU, in small, and compiles nothing; its students are timed once.
+small= slack=1 device=cuda students="mamba_small:256 mobileclip_s1:256 vit_b_16:224"
+compiled=$students
+if [ "$1" = --small ]; then
+    small=--small slack=5 device=cpu students="mamba_tiny:64" compiled= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
+    export OMP_NUM_THREADS TORCHDYNAMO_DISABLE
+    shift
+fi
 out=${1:-gpu}
-mkdir -p "$out"
-python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
-python -m benchmarks.kernels --device cuda > "$out/kernels.json" || echo "kernels: see $out/kernels.json"
+mkdir -p "$out/first"
+PYTHON=${PYTHON:-python3}
+MAMBA_DETERMINISTIC=1 PYTHONUNBUFFERED=1
+export MAMBA_DETERMINISTIC PYTHONUNBUFFERED
 
-latency() {
-    python -m train latency dmclip_b mamba_small mobileclip_s1 --size 256 --size 512 --size 1024 --batch 1 --batch 256 \
-        --repeats 100 --device cuda --precision bf16 --json "$@"
+# limit in seconds, folder, name of the log, step and its arguments
+step() {
+    limit=$1 folder=$2 log=$3
+    shift 3
+    start=$(date +%s)
+    timeout $((limit * slack)) "$PYTHON" -m benchmarks.gpu "$@" --out "$folder" $small --device $device > "$folder/$log.log" 2>&1
+    echo "$folder/$log: exit $?, $(($(date +%s) - start)) s"
 }
-latency > "$out/latency-eager.json"
-latency --compiled > "$out/latency-compiled.json"
+
+step 60 "$out" card card
+waiting=
+step 100 "$out/first" scans scans &
+waiting="$waiting $!"
+for student in $compiled; do
+    name=${student%:*}
+    step 100 "$out/first" "latency-$name" latency "$name" --size "${student#*:}" &
+    waiting="$waiting $!"
+done
+step 150 "$out" run run
+for pid in $waiting; do wait "$pid"; done
+
+step 90 "$out" scans scans
+step 100 "$out" teachers teachers
+step 90 "$out" pipeline pipeline
+for student in $students; do
+    name=${student%:*}
+    step 60 "$out" "latency-$name" latency "$name" --size "${student#*:}"
+done
+step 60 "$out" training training
+step 150 "$out" captions captions
+"$PYTHON" -m benchmarks.gpu table --out "$out"

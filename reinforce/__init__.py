@@ -62,7 +62,7 @@ def write(
     device: Literal["auto", "cpu", "cuda"] = _DEFAULTS.device,
     max_invalid: float = _DEFAULTS.max_invalid,
     attempts: int = _DEFAULTS.attempts,
-    decode_threads: int = _DEFAULTS.decode_threads,
+    decode_threads: int | None = _DEFAULTS.decode_threads,
 ) -> "RunReport":
     """Write what the teachers of a recipe know about the shards into a store; what is there already is kept.
 

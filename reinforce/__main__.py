@@ -59,9 +59,13 @@ def run(
         float, typer.Option(help="a shard with a larger share of bad samples than this is refused")
     ] = _DEFAULTS.max_invalid,
     attempts: Annotated[int, typer.Option(help="tries per shard")] = _DEFAULTS.attempts,
-    decode_threads: Annotated[int, typer.Option(help="threads per worker that decode and augment")] = (
-        _DEFAULTS.decode_threads
-    ),
+    decode_threads: Annotated[
+        int | None,
+        typer.Option(
+            help="threads per worker that decode and augment; by default 2, and with a GPU its share of the cores, "
+            "at most 8"
+        ),
+    ] = _DEFAULTS.decode_threads,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""

@@ -189,7 +189,12 @@ class RunOptions(Config):
         0.1, ge=0, le=1, description="share of a shard's samples that may be bad before it is refused"
     )
     attempts: int = Field(3, ge=1, description="tries per shard")
-    decode_threads: int = Field(2, ge=1, description="threads of a worker that decode and augment")
+    decode_threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads of a worker that decode and augment; by default 2, and with a GPU its share of the cores, "
+        "at most 8",
+    )
     shards_in_flight: int = Field(2, ge=1, description="shards a worker holds: one computes, the next is being read")
 
 

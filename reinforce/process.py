@@ -87,6 +87,27 @@ def errors_only() -> Iterator[None]:
         logging.disable(before)
 
 
+def full_float32() -> None:
+    """torch on CUDA: float32 is rounded to TF32 in cuDNN's convolutions where nobody forbids it. What a manifest calls
+    fp32 is fp32."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def package_without_init(name: str, folders: list[str]) -> Iterator[None]:
+    """For a while, modules of package `name` can be imported although its `__init__` cannot run: mamba-ssm's wants a
+    compiled extension that its Triton kernels do without."""
+    bare = ModuleType(name)
+    bare.__path__ = folders
+    sys.modules[name] = bare
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)
+
+
 def ray_environment() -> None:
     """Ray reads this when it is imported: it sends no usage statistics where the user does not ask for them."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

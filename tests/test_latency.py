@@ -65,6 +65,33 @@ def test_what_is_measured_is_folded_and_runs_as_in_inference(monkeypatch: pytest
     assert (rows[0].ms_median, rows[0].ms_min, rows[0].ms_quartiles) == (2.0, 1.0, (1.5, 3.0))
 
 
+def test_every_row_is_compiled_anew_for_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile gives up on code that it has compiled for many models, and then runs it uncompiled."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda tower, **how: calls.append(how) or tower)
+    rows = latency.measure(["mamba_tiny"], [64], [1, 2], repeats=2, compiled=True, towers=["image"])
+    assert [(row.tower, row.batch) for row in rows] == [("image", 1), ("image", 2)]
+    assert calls == ["reset", {"dynamic": False}] * 2
+
+
+@pytest.mark.parametrize(("nchw", "channels_last"), [(2.0, True), (0.5, False), (None, True)])
+def test_the_faster_layout_of_memory_counts(
+    nchw: float | None, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def times(tower: nn.Module, inputs: torch.Tensor, repeats: int, compiled: bool) -> list[float]:
+        assert inputs.is_contiguous(memory_format=torch.channels_last)
+        assert tower.weight.is_contiguous(memory_format=torch.channels_last)
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(latency, "_times", times)
+    tower = nn.Conv2d(3, 8, 3)
+    row = latency.Row("s", "image", 8, 1, nchw, nchw, None, 1, 1.0, 1.0, 2, "bf16", False, "a card")
+    best = latency._or_channels_last(row, tower, torch.zeros(1, 3, 8, 8))
+    assert (best.ms_median, best.channels_last) == (1.0 if channels_last else nchw, channels_last)
+    assert tower.weight.is_contiguous()
+
+
 def test_counts_are_those_of_known_work() -> None:
     """A linear layer of 3 to 5 on 2 rows is 2 * 2 * 3 * 5; its activation writes 2 * 5."""
     gflops, pointwise = latency.count(nn.Sequential(nn.Linear(3, 5), nn.GELU()), torch.zeros(2, 3))

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,27 @@ def test_two_causal_kernels_make_both_directions(monkeypatch: pytest.MonkeyPatch
     args = inputs(2, 9, 2, 1.0)
     expected = values_and_gradients(scan.ssd_product, args)
     assert distance(values_and_gradients(scan.ssd_kernel, args), expected) < TOLERANCE
+
+
+def test_a_kernel_is_found_in_a_package_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mamba-ssm is where its extension was not built: its `__init__` fails, its Triton modules do not."""
+    for path, text in {
+        "half_built/__init__.py": "import an_extension_that_was_not_built",
+        "half_built/ops/__init__.py": "",
+        "half_built/ops/part.py": "def of_the_package(): return 7",
+        "half_built/ops/whole.py": "from half_built.ops.part import of_the_package as scan",
+        "half_built/ops/compiled.py": "import an_extension_that_was_not_built",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = scan.kernel("half_built.ops.whole:scan")
+    assert found is not None and found() == 7
+    assert "half_built" not in sys.modules  # whoever imports it is told why it fails
+    assert scan.kernel("half_built.ops.compiled:scan") is None
+    assert scan.kernel("not_there_at_all.ops:scan") is None
 
 
 def test_mamba_ssm_is_not_imported_without_cuda() -> None:

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.conv_bn_act import ConvNormAct
 from torch import Tensor, nn
 
 from reinforce.models.open_clip import open_clip
@@ -139,15 +140,16 @@ def millions(model: nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-# Image and text tower in training, image tower folded; MobileCLIP's are its papers', to the last digit they print.
+# Image and text tower in training, image tower folded, millions; MobileCLIP's in training are its papers', to the last
+# digit they print. Folded they are some thousands smaller, since the norms of plain convolutions are folded, too.
 SIZES = {
-    "mobileclip_s0": (11.406, 42.44, 11.357),
-    "mobileclip_s1": (21.541, 63.43, 21.461),
-    "mobileclip_s2": (35.815, 63.43, 35.702),
+    "mobileclip_s0": (11.406, 42.44, 11.353),
+    "mobileclip_s1": (21.541, 63.43, 21.452),
+    "mobileclip_s2": (35.815, 63.43, 35.691),
     "mobileclip_b": (86.349, 63.43, 86.349),
     "mamba_small": (20.104, 63.43, 20.104),
     "mamba_tiny": (0.924, 0.87, 0.924),
-    "mobileclip_s0_tiny": (1.586, 0.94, 1.569),
+    "mobileclip_s0_tiny": (1.586, 0.94, 1.567),
 }
 
 
@@ -193,6 +195,7 @@ def test_folding_changes_no_output(name: str) -> None:
     for tower in ("image_features", "text_features"):
         assert (expected[tower] - got[tower]).norm(dim=-1).max() < 1e-5
     assert not any(isinstance(m, nn.BatchNorm1d) for m in folded.text.modules())
+    assert not any(isinstance(m.bn, nn.BatchNorm2d) for m in folded.modules() if isinstance(m, ConvNormAct))
     assert name == "mamba_tiny" or millions(folded) < millions(model)
 
 

@@ -48,16 +48,30 @@ class FrozenModel:
         self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
         self.image_px = _square(config, self.preprocess_cfg["size"])
         self._normaliser = Normaliser(self.preprocess_cfg).to(device)
+        self.dtype = torch.float32  # of the weights, and of what goes into the image tower
 
     def take(self, added: Prompts) -> None:
         """Let both towers see prompts, and texts make room for them. Raises ConfigError where they do not fit."""
         added.attach(self.model)
         self.prompts = added
 
+    def hold(self) -> None:
+        """Hold the weights in the precision that the manifest promises, where that is bf16: autocast casts frozen
+        weights anew in every forward pass, and makes norms pass through float32.
+
+        Not with prompts, which are float32, and not with BatchNorm, whose statistics bf16 is too coarse for.
+        """
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        if self.precision == "bf16" and not self.prompts and not norms:
+            scale = self.model.logit_scale.data
+            self.dtype = torch.bfloat16
+            self.model.to(self.dtype)
+            self.model.logit_scale.data = scale
+
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) on any device -> float32 (B, 3, H, W) on the model's, in the units it was trained in."""
+        """uint8 (B, H, W, 3) on any device -> (B, 3, H, W) on the model's, in the units it was trained in."""
         normalised: Tensor = self._normaliser(pixels.to(self.device).permute(0, 3, 1, 2))
-        return normalised
+        return normalised.to(self.dtype)
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """n texts -> token ids (n, T), with room for the prompts where there are some. Long texts are cut."""
@@ -65,8 +79,9 @@ class FrozenModel:
         return self.prompts.make_room(tokens) if self.prompts else tokens
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The arithmetic the manifest promises: bf16 autocast, or plain fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """The arithmetic the manifest promises: fp32, weights that are held in bf16, or bf16 autocast."""
+        enabled = self.precision == "bf16" and self.dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def describe(self) -> dict[str, Any]:
         """What about this model decides the bytes it writes."""

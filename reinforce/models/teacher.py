@@ -1,6 +1,7 @@
 """K frozen CLIP models: images or texts in, unit embeddings out, one array per teacher."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from reinforce.config import ClassSet
 from reinforce.config import Teacher as TeacherConfig
 from reinforce.models import prompts
 from reinforce.models.frozen import FrozenModel
+from reinforce.models.graph import captured
 
 
 def load_teacher(config: TeacherConfig, device: torch.device, random_seed: int | None = None) -> FrozenModel:
@@ -32,7 +34,8 @@ def load_teacher(config: TeacherConfig, device: torch.device, random_seed: int |
 
 class Teacher:
     """One frozen CLIP. Every forward pass has the same shape: a short batch is padded and the padding dropped,
-    because kernels are chosen by shape and a row's last bit can depend on the kernel."""
+    because kernels are chosen by shape and a row's last bit can depend on the kernel. On a GPU its weights are held in
+    the precision of the store, and the image tower is one CUDA graph."""
 
     def __init__(
         self, config: TeacherConfig, batch_size: int, device: torch.device, random_seed: int | None = None
@@ -40,6 +43,13 @@ class Teacher:
         self.frozen = load_teacher(config, device, random_seed)
         self.batch_size = batch_size
         self.logit_scale = float(self.frozen.model.logit_scale.exp())
+        self._images: Callable[[Tensor], Tensor] = self._units_of_images
+        if device.type == "cuda":
+            self.frozen.hold()
+            side = self.image_px
+            blank = torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, device=device)
+            with torch.inference_mode():
+                self._images = captured(self._units_of_images, blank)
         self.width = self.encode_texts([""]).shape[1]
 
     @property
@@ -49,9 +59,8 @@ class Teacher:
     def encode_images(self, views: np.ndarray) -> np.ndarray:
         """uint8 (n, image_px, image_px, 3), n at most the batch size -> bfloat16 (n, D), unit norm before rounding."""
         pixels = self._padded(torch.from_numpy(views))
-        with torch.inference_mode(), self.frozen.autocast():
-            features = self.frozen.model.encode_image(self.frozen.normalise(pixels))
-        return _rounded(_unit(features)[: len(views)])
+        with torch.inference_mode():
+            return _rounded(self._images(pixels)[: len(views)])
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """n texts, at most the batch size -> bfloat16 (n, D), unit norm before rounding. Long texts are cut."""
@@ -69,6 +78,12 @@ class Teacher:
         """What the manifest says of this teacher."""
         return self.frozen.describe() | {"width": self.width, "logit_scale": self.logit_scale}
 
+    def _units_of_images(self, pixels: Tensor) -> Tensor:
+        """uint8 (batch_size, image_px, image_px, 3) -> float32 (batch_size, D), unit norm."""
+        with self.frozen.autocast():
+            features = self.frozen.model.encode_image(self.frozen.normalise(pixels))
+        return _unit(features)
+
     def _encode_texts(self, texts: list[str]) -> Tensor:
         """float32 (n, D), unit norm."""
         tokens = self._padded(self.frozen.tokenize(texts))
@@ -77,6 +92,8 @@ class Teacher:
         return _unit(features)[: len(texts)]
 
     def _padded(self, rows: Tensor) -> Tensor:
+        if len(rows) == self.batch_size:
+            return rows
         return torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows), *rows.shape[1:])])
 
 

@@ -3,6 +3,7 @@
 A worker that is given two shards at a time reads the one while it computes the other, and computes while it writes.
 """
 
+import os
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from reinforce.data import augment
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ShardError
 from reinforce.models.captioner import Captioner
-from reinforce.models.device import pick_device
+from reinforce.models.device import card, pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
@@ -39,6 +40,7 @@ class Worker:
         if device.type == "cpu":
             process.torch_threads(recipe.cpu_threads)
         self.recipe, self.options, self.store = recipe, options, Store(store_url)
+        self.threads = options.decode_threads or decode_threads(device)
         self.teachers = {
             name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
             for name, config in recipe.teachers.items()
@@ -51,7 +53,7 @@ class Worker:
             "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
         }
-        self.store.promise(Manifest.of(recipe, described))
+        self.store.promise(Manifest.of(recipe, described, card(device)))
         self._models = threading.Lock()
         for column in self.store.missing(CLASSES, class_columns(recipe)):
             self._commit_classes(column)
@@ -64,7 +66,7 @@ class Worker:
         start = time.monotonic()
         work = _ShardWork(self, shard)
         captioned = self.recipe.num_original_captions > 0
-        with ThreadPoolExecutor(self.options.decode_threads) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             ready = ahead(batches(shard, work.rows, self.recipe.batch_size, captioned, pool), 2)
             try:
                 with self._models:
@@ -95,6 +97,14 @@ class Worker:
         else:
             array = np.array(classes.classnames, dtype=object)
         self.store.commit(CLASSES, column, array)
+
+
+def decode_threads(device: torch.device) -> int:
+    """Two for a CPU worker, whose models need the core. A GPU waits for two: its share of the cores, less those of the
+    models and of writing, and at most 8, beyond which they stand in each other's way (docs/results/gpu.md)."""
+    if device.type == "cpu":
+        return 2
+    return min(8, max(2, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 2))
 
 
 class _ShardWork:

@@ -21,7 +21,7 @@ _SOFTWARE = ("torch", "open_clip_torch", "pillow", "numpy", "zarr", "numcodecs")
 class Manifest:
     """`models`: how each teacher and captioner describes itself (weights digest, sizes, precision, `logit_scale`).
     `augment_fields`: name and unit of the P parameters of a view, for each view set.
-    `software`: versions that wrote the manifest; recorded, not compared."""
+    `software`: versions that wrote the manifest, and the GPU where there was one; recorded, not compared."""
 
     recipe: dict[str, Any]
     models: dict[str, dict[str, Any]]
@@ -30,13 +30,13 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def of(cls, recipe: Recipe, models: dict[str, dict[str, Any]]) -> Self:
-        """The manifest of a recipe whose models have been loaded."""
+    def of(cls, recipe: Recipe, models: dict[str, dict[str, Any]], card: dict[str, str] = {}) -> Self:
+        """The manifest of a recipe whose models have been loaded, on that `card` (models/device.py)."""
         return cls(
             recipe.model_dump(mode="json"),
             models,
             {name: augment.fields(view_set) for name, view_set in recipe.view_sets.items()},
-            {package: version(package) for package in _SOFTWARE},
+            {package: version(package) for package in _SOFTWARE} | card,
         )
 
     @classmethod

@@ -13,17 +13,22 @@ least. `selective_scan` and `ssd` take the path that `selective_scan_path` and `
     ssd              "product" for as many tokens as `longest_product` says; for more, "kernel" on CUDA where
                      mamba-ssm has it, otherwise "chunks"
 
-The kernel for SSD is Triton's, the one for the selective scan is compiled when mamba-ssm is built.
+The kernel for SSD is Triton's and needs nothing but mamba-ssm's source; the one for the selective scan is compiled when
+mamba-ssm is built.
 """
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from reinforce import process
 
 CHUNK = 64  # tokens; one CPU core takes 256 tokens in chunks of 64 in a fifth of the time of one product of 256
 KERNEL_CHUNK = 256  # as Mamba-2 has it
@@ -37,9 +42,23 @@ def kernel(where: str) -> Callable[..., Any] | None:
     """A function of mamba-ssm, given as `module:function`; None where it is not installed or not for this machine."""
     module, function = where.split(":")
     try:
-        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        return getattr(_imported(module), function)  # type: ignore[no-any-return]
     except ImportError:
         return None
+
+
+def _imported(module: str) -> ModuleType:
+    """The module, or the module alone where its package as a whole cannot be imported: mamba-ssm without its compiled
+    extension, which the Triton kernels do not need."""
+    package = module.split(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.submodule_search_locations is None:
+            raise
+    with process.package_without_init(package, list(spec.submodule_search_locations)):
+        return importlib.import_module(module)
 
 
 def selective_scan_path(device: torch.device) -> str:
