@@ -166,6 +166,19 @@ def test_from_labelled_tars_to_the_table_of_the_sweep(
     assert drawn == {"bars.png", *(f"curves_{group}.png" for group in range(4))}
 
 
+def test_rows_that_are_not_there_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        questions.main("lambda_sweep", ["--data", "x", "--only", "("])
+    assert "'(' is no regular expression" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--only dirty: in no row of lambda_sweep is that found"):
+        questions.main("lambda_sweep", ["--data", "x", "--only", "dirty"])
+
+
+def test_the_warm_up_is_a_share_of_every_length(plain: TrainConfig) -> None:
+    rows = questions.lambda_sweep(plain.but(steps=400, warmup=100), "clean")
+    assert {(row.config.steps, row.config.warmup) for row in rows} == {(400, 100), (800, 200)}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_ladder_has_a_captioner_of_its_own(

@@ -11,10 +11,12 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pipelines.experiments import charts, grid, ready
 from pipelines.experiments.grid import Row, Table
+from reinforce.errors import ConfigError
 from train.config import TrainConfig, load_training
 from train.evaluation.metrics import Metrics
 
@@ -29,12 +31,13 @@ FEATURE_WEIGHTS = (0.5, 2.0)
 
 def lambda_sweep(training: TrainConfig, noise: str) -> list[Row]:
     """How much should a Mamba student listen to its teachers? DM-CLIP's first question."""
+    share = (training.warmup or 0) / (training.steps or 1)  # of a training that is warm-up, whatever its length
     return [
         Row(
             group=f"{steps} steps, {_wrong(noise)}",
             label=f"λ = {weight:g}",
             folder=f"{noise}_{steps}_{weight:g}",
-            config=training.but(steps=steps, warmup=steps // 4, distill=weight),
+            config=training.but(steps=steps, warmup=round(share * steps), distill=weight),
             num_seeds=num_seeds,
             against=f"{noise}_{steps}_0" if weight else None,
         )
@@ -120,14 +123,17 @@ def main(name: str, argv: list[str]) -> None:
     """Run the question `name`, from the labelled data to the table."""
     options = _parser(name).parse_args(argv)
     out: Path = options.out or Path("runs") / Path(options.data).name / name
+    training = load_training("lambda_sweep", options.set)
+    asked = {noise: QUESTIONS[name](training, noise) for noise in ready.NOISES}
+    asked = {noise: [row for row in rows if options.only.search(row.folder)] for noise, rows in asked.items()}
+    if not any(asked.values()):
+        raise ConfigError(f"--only {options.only.pattern}: in no row of {name} is that found; --only noisy finds some")
     made = ready.make(options.data, out.parent, options.split, options.at_once)
     stores = ready.captioned(made, out.parent, options.at_once) if name in CAPTIONED else made.stores
-    training = load_training("lambda_sweep", options.set)
     rows = [
-        row
-        for noise in ready.NOISES
-        for row in QUESTIONS[name](training.but(shards=made.shards[noise], store=stores[noise]), noise)
-        if re.search(options.only, row.folder)
+        replace(row, config=row.config.but(shards=made.shards[noise], store=stores[noise]))
+        for noise, of_noise in asked.items()
+        for row in of_noise
     ]
     table = grid.run(rows, made.sets, options.split, options.seeds, out, options.at_once, "students")
     found = {"question": name, "data": options.data, "split": options.split, "teachers": made.teachers, "rows": table}
@@ -161,6 +167,13 @@ def _draw(groups: dict[str, Table], out: Path, split: str) -> None:
         charts.curves(out / f"curves_{number}.png", lines, f"{group}: top-1 on validation", "percent")
 
 
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from None
+
+
 def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m pipelines {name}",
@@ -181,8 +194,20 @@ def _parser(name: str) -> argparse.ArgumentParser:
         help="what is reported; choose settings on validation",
     )
     add("--seeds", type=int, default=99, help="at most so many trainings per row")
-    add("--only", default="", metavar="REGEX", help="rows whose folder's name it is found in, as 'clean_400_(0|0.75)$'")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all students; may be repeated")
+    add(
+        "--only",
+        type=_regex,
+        default="",
+        metavar="REGEX",
+        help="rows whose folder's name it is found in, as 'clean_400_(0|0.75)$'",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of all students, but for what the question itself varies; may be repeated",
+    )
     add("--at-once", type=int, default=2, help="trainings side by side, one thread each (default: 2)")
     add("--json", action="store_true", help="print one JSON object")
     return parser
