@@ -2,8 +2,7 @@
 
 A collapsed student has all images at one point and all texts at one point. There it has next to no gradient, and its
 loss and gradient norm are also those of students that learn. What tells them apart is `spread`: how much its logits
-differ once the means of their rows and columns are taken away. Measured in docs/results/start.md: collapsed trainings
-stay at .01 to .026; of those that learn most are above .25, and none stays under LEAST_SPREAD.
+differ once the means of their rows and columns are taken away; readings of it are in docs/results/start.md.
 """
 
 from collections import deque
@@ -33,8 +32,8 @@ def separation(image: Tensor, texts: Sequence[Tensor], logit_scale: Tensor) -> d
         spreads = [scale * (of_images * _scatter(text)).sum().clamp_min(0).sqrt() / len(image) for text in texts]
         return {
             "spread": torch.stack(spreads).mean(),
-            "image_cosine": _mean_cosine(image),
-            "text_cosine": torch.stack([_mean_cosine(text) for text in texts]).mean(),
+            "image_cosine": mean_cosine(image),
+            "text_cosine": torch.stack([mean_cosine(text) for text in texts]).mean(),
         }
 
 
@@ -57,7 +56,7 @@ def _scatter(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-def _mean_cosine(x: Tensor) -> Tensor:
+def mean_cosine(x: Tensor) -> Tensor:
     """Of all pairs of different rows of (B, D), unit norm."""
     num = len(x)
     return (x.sum(0).square().sum() - num) / max(1, num * (num - 1))

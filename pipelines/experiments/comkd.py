@@ -19,7 +19,6 @@ Run again, it goes on where it stopped, and refuses trainings that were made wit
 import argparse
 import json
 import re
-import statistics
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 
 from pipelines.comkd import CLASS_SET
-from pipelines.experiments import domains, steps
+from pipelines.experiments import domains, grid, steps
 from reinforce import process
 from reinforce.config import ClassSet, Recipe, Teacher, ViewSet
 from reinforce.errors import ConfigError
@@ -203,15 +202,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _line(name: str, scores: dict[str, list[dict[str, float]]], others: list[str]) -> str:
-    cells = [_cell([run[score] for run in scores["test"]]) for score in SCORES]
-    cells += [_cell([run["top1"] for run in scores[other]]) for other in others]
+    cells = [grid.percent([run[score] for run in scores["test"]]) for score in SCORES]
+    cells += [grid.percent([run["top1"] for run in scores[other]]) for other in others]
     return f"| {name} | " + " | ".join(cells) + " |"
-
-
-def _cell(values: list[float]) -> str:
-    """Mean in percent, and the sample standard deviation where there are several."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
 def _zero_shot(folder: Path, sets: Mapping[str, str]) -> dict[str, dict[str, float]]:

@@ -111,14 +111,21 @@ def markdown(table: Table, metrics: Mapping[str, str]) -> str:
         cells = [
             line["label"],
             " ".join(f"{100 * value:.1f}" for value in values),
-            _mean(values),
-            _mean(line["gains"][first], signed=True) if "gains" in line else "",
-            *(_mean(line["scores"][name]) for name in others),
+            percent(values),
+            percent(line["gains"][first], signed=True) if "gains" in line else "",
+            *(percent(line["scores"][name]) for name in others),
             _share_of_samples(line),
             f"{sum(line['collapsed'])} of {len(values)}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def percent(shares: Sequence[float], signed: bool = False) -> str:
+    """The mean of shares in percent, and the sample standard deviation where there are several."""
+    mean = 100 * statistics.fmean(shares)
+    deviation = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return (f"{mean:+.1f}" if signed else f"{mean:.1f}") + deviation
 
 
 def _share_of_samples(line: dict[str, Any]) -> str:
@@ -132,10 +139,3 @@ def _curve(path: Path, batch: int) -> dict[int, float]:
     """Top-1 on validation by the number of samples seen."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {batch * line["step"]: line["validation/top1"] for line in lines if "validation/top1" in line}
-
-
-def _mean(shares: Sequence[float], signed: bool = False) -> str:
-    """Mean in percent, and the sample standard deviation where there are several."""
-    mean = 100 * statistics.fmean(shares)
-    deviation = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-    return (f"{mean:+.1f}" if signed else f"{mean:.1f}") + deviation

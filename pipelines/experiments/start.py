@@ -20,6 +20,7 @@ from reinforce.config import ViewSet
 from reinforce.data import augment, images, shards
 from reinforce.data.shards import Status
 from train import students
+from train.collapse import mean_cosine
 from train.evaluation.metrics import embed_images
 from train.students import Student
 
@@ -70,12 +71,10 @@ def apart(student: Student, views: Sequence[Tensor]) -> tuple[float, float]:
     norms = any(isinstance(module, nn.BatchNorm2d) for module in student.model.visual.modules())
     student.model.train(norms)
     features = embed_images(student, views, len(views)).double()
-    num = len(features)
-    cosine = (features.sum(0).square().sum() - num) / (num * (num - 1))
     shares = torch.linalg.svdvals(features - features.mean(0)).square()
     shares = shares / shares.sum()
     rank = (-(shares * shares.clamp_min(1e-12).log()).sum()).exp()
-    return cosine.item(), rank.item()
+    return mean_cosine(features).item(), rank.item()
 
 
 def _markdown(found: dict[str, list[tuple[float, float]]]) -> str:
