@@ -82,6 +82,13 @@ def test_a_set_that_is_not_whole_gets_a_sentence(data: str, tmp_path: Path) -> N
     write(tmp_path / "half", "{}/{}", {"train": 2, "validation": 2, "test": 3})
     with pytest.raises(ConfigError, match="no training image of the class 'milk'"):
         labelled.read(str(tmp_path / "half"))
+    bare = {"jpg": sample("milk", 0)["jpg"], "json": b'{"label": "milk"}'}
+    (tmp_path / "mixed/train").mkdir(parents=True)
+    shards.write(str(tmp_path / "mixed/train/0.tar"), [("a", sample("apple", 0)), ("b", bare)])
+    for part in ("test", "validation"):
+        (tmp_path / "mixed" / part).symlink_to(tmp_path / "mixed/train")
+    with pytest.raises(ConfigError, match="the class 'milk' has no `coarse`, and others have"):
+        labelled.read(str(tmp_path / "mixed"))
     (tmp_path / "bare/train").mkdir(parents=True)
     shards.write(str(tmp_path / "bare/train/0.tar"), [("key7", {"jpg": sample("milk", 0)["jpg"]})])
     (tmp_path / "bare/test").symlink_to(tmp_path / "bare/train")

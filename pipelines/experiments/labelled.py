@@ -50,6 +50,10 @@ def read(prefix: str, longest_px: int = LONGEST_PX) -> LabelledSet:
     unknown = sorted({label for _, _, label in validation + test} - set(found.classes))
     if unknown:
         raise ConfigError(f"{prefix}: no training image of the class '{unknown[0]}', which others have")
+    if coarse and (ungrouped := sorted(set(found.classes) - coarse.keys())):
+        raise ConfigError(
+            f"{prefix}: the class '{ungrouped[0]}' has no `coarse`, and others have; give it to all or none"
+        )
     return found
 
 
