@@ -115,7 +115,7 @@ def test_a_grid_is_trained_once_and_compared_seed_by_seed(plain: TrainConfig, tm
         Row("clean", "fast", "fast", plain.but(lr=0.1), 3, against="slow"),
     ]
     closed = {"validation": f"{folder}/validation", "test": "nobody opens this"}
-    table = grid.run(rows, closed, "validation", 9, tmp_path, 2, "students")
+    table = grid.run(rows, plain, closed, "validation", 9, tmp_path, 2, "students")
     assert [len(line["scores"]["top1"]) for line in table] == [2, 3]
     assert table[1]["gains"]["top1"] == [
         b - a for a, b in zip(*(line["scores"]["top1"] for line in table), strict=False)
@@ -124,7 +124,7 @@ def test_a_grid_is_trained_once_and_compared_seed_by_seed(plain: TrainConfig, tm
     assert {"coarse_top1", "mean_per_class"} <= table[0]["scores"].keys()
     open_ = {split: f"{folder}/{split}" for split in ("validation", "test")}
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    tested = grid.run(rows, open_, "test", 1, tmp_path, 2, "students")
+    tested = grid.run(rows, plain, open_, "test", 1, tmp_path, 2, "students")
     assert [line["scores"]["num"] for line in tested] == [[9], [9]] and len(weights) == 10  # students, checkpoints
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == weights
     charts.bars(tmp_path / "bars.png", {"clean": table}, "top1", "title", "percent")
@@ -162,7 +162,7 @@ def test_from_labelled_tars_to_the_table_of_the_sweep(
     asked = ["--data", data, "--out", str(tmp_path / "food/sweep"), "--set", "global_batch_size=8", "--json"]
     questions.main("lambda_sweep", [*asked, "--set", "eval_every_n_steps=1"])
     found = json.loads(capsys.readouterr().out)
-    assert [row["folder"] for row in found["rows"]] == [
+    assert [row["name"] for row in found["rows"]] == [
         f"{noise}_{length}_{weight}" for noise in ("clean", "noisy") for length in (2, 3) for weight in ("0", "0.75")
     ]
     assert found["teachers"].keys() == {"teacher_0", "teacher_1"} and found["teachers"]["teacher_0"]["num"] == 9
@@ -207,10 +207,10 @@ def test_the_ladder_has_a_captioner_of_its_own(
 @pytest.mark.parametrize("name", questions.QUESTIONS)
 def test_every_question_compares_rows_that_are_there(name: str, plain: TrainConfig) -> None:
     rows = [row for noise in ready.NOISES for row in questions.QUESTIONS[name](plain, noise)]
-    folders = [row.folder for row in rows]
+    folders = [row.name for row in rows]
     assert len(set(folders)) == len(folders)
     for row in rows:
-        [base] = [other for other in rows if other.folder == (row.against or row.folder)]
+        [base] = [other for other in rows if other.name == (row.against or row.name)]
         assert base.group == row.group and base.num_seeds >= row.num_seeds
     assert {row.group for row in rows} == {row.group for row in rows if row.against is None}
     assert name in __main__.QUESTIONS

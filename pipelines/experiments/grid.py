@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,52 @@ Table = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table `group`: `num_seeds` trainings of `config`, in `OUT/folder_SEED`. `against`: the folder of
-    the row that it is compared with, seed by seed."""
+    """One line of the table `group`: `num_seeds` trainings of `config`. `against`: the name of the row that it is
+    compared with, seed by seed."""
 
     group: str
     label: str
-    folder: str
+    name: str
     config: TrainConfig
     num_seeds: int
     against: str | None = None
 
 
-def run(
-    rows: Sequence[Row], sets: Mapping[str, str], split: str, most_seeds: int, out: Path, at_once: int, title: str
-) -> Table:
-    """Train the seeds of every row, at most `most_seeds`, and tell what came of it. `sets`: the evaluation sets by
-    split, one of them `validation`.
+def training_name(config: TrainConfig, usual: TrainConfig) -> str:
+    """The store's name, what differs from the usual settings, and the seed: 'noisy,distill=0.75,seed=3'. Rows of
+    several questions that ask for the same training find it under the same name."""
+    settings = config.model_dump(exclude={"shards", "store", "eval_sets", "seed"})
+    differing = {key: value for key, value in settings.items() if value != usual.model_dump()[key]}
+    words = [f"{key}={'+'.join(value) if isinstance(value, list) else value}" for key, value in differing.items()]
+    return ",".join([Path(config.store or config.shards).stem, *words, f"seed={config.seed}"])
 
-    Gives a dictionary for each row: `scores` on `split`, by metric the shares of each seed; `curves` of each seed, by
-    samples seen the top-1 on validation; `warned`, `collapsed` and `seconds` of each seed. A row that is compared with
-    another has `gains`, the differences to the same seeds' scores; and `as_good_after`, the samples that it had seen
-    when its mean curve first reached the end of the other's, None where it never did.
+
+def run(
+    rows: Sequence[Row],
+    usual: TrainConfig,
+    sets: Mapping[str, str],
+    split: str,
+    most_seeds: int,
+    out: Path,
+    at_once: int,
+    title: str,
+) -> Table:
+    """Train the seeds of every row, at most `most_seeds`, and tell what came of it. Trainings lie in `out`, by their
+    `training_name`; `sets`: the evaluation sets by split, one of them `validation`.
+
+    Gives a dictionary for each row: `trainings`, their names; `scores` on `split`, by metric the shares of each seed;
+    `curves` of each seed, by samples seen the top-1 on validation; `warned`, `collapsed` and `seconds` of each seed. A
+    row that is compared with another has `gains`, the differences to the same seeds' scores; and `as_good_after`, the
+    samples that it had seen when its mean curve first reached the end of the other's, None where it never did.
     Raises what `train.trainer.fit` does.
     """
-    seeds = {row.folder: range(min(row.num_seeds, most_seeds)) for row in rows}
+    seeded = {row.name: [row.config.but(seed=seed) for seed in range(min(row.num_seeds, most_seeds))] for row in rows}
     asked = {
-        f"{row.folder}_{seed}": row.config.but(seed=seed, eval_sets={"validation": sets["validation"]})
-        for seed in range(max(map(len, seeds.values())))  # seed by seed, so that a run that is cut short has whole ones
-        for row in rows
-        if seed in seeds[row.folder]
+        training_name(config, usual): config.but(eval_sets={"validation": sets["validation"]})
+        # seed by seed, so that a run that is cut short has whole ones
+        for of_seed in zip_longest(*seeded.values())
+        for config in of_seed
+        if config
     }
     found = steps.fit_all(asked, out, title, at_once)
     if split != "validation":
@@ -57,14 +75,15 @@ def run(
         found = steps.fit_all(tested, out, f"{title}, on {split}", at_once)
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
-        names = [f"{row.folder}_{seed}" for seed in seeds[row.folder]]
+        names = [training_name(config, usual) for config in seeded[row.name]]
         reports = [found[name] for name in names]
         of_split = [report["evaluated"][split] for report in reports]
-        table[row.folder] = {
+        table[row.name] = {
             "group": row.group,
             "label": row.label,
-            "folder": row.folder,
+            "name": row.name,
             "against": row.against,
+            "trainings": names,
             "steps": reports[0]["steps"],
             "curves": [_curve(out / name / METRICS, row.config.global_batch_size) for name in names],
             "scores": {metric: [scores[metric] for scores in of_split] for metric in of_split[0]},

@@ -1,7 +1,7 @@
 """What a sceptic would ask of reinforcement, each question a grid of trainings on a labelled data set.
 
 Command: python -m pipelines QUESTION --data PREFIX    (a labelled data set: pipelines/experiments/labelled.py)
-Machine: 2 CPU cores; an hour or two each, besides teachers and stores, which all share (ready.py).
+Machine: 2 CPU cores; an hour or two each. All share teachers and stores (ready.py), and trainings that several ask for.
 Result:  OUT/table.md, table.json and pictures; the numbers to expect are in docs/results.
 
 Within a question all students see the same number of samples, at the settings of pipelines/lambda_sweep.py.
@@ -36,7 +36,7 @@ def lambda_sweep(training: TrainConfig, noise: str) -> list[Row]:
         Row(
             group=f"{steps} steps, {_wrong(noise)}",
             label=f"λ = {weight:g}",
-            folder=f"{noise}_{steps}_{weight:g}",
+            name=f"{noise}_{steps}_{weight:g}",
             config=training.but(steps=steps, warmup=round(share * steps), distill=weight),
             num_seeds=num_seeds,
             against=f"{noise}_{steps}_0" if weight else None,
@@ -52,7 +52,7 @@ def many_students(training: TrainConfig, noise: str) -> list[Row]:
         Row(
             group=f"{student}, {_wrong(noise)}",
             label=f"λ = {weight:g}" if weight else "captions alone",
-            folder=f"{noise}_{student}_{weight:g}",
+            name=f"{noise}_{student}_{weight:g}",
             config=training.but(student=student, distill=weight),
             num_seeds=3,
             against=f"{noise}_{student}_0" if weight else None,
@@ -71,7 +71,7 @@ def feature_distance(training: TrainConfig, noise: str) -> list[Row]:
         Row(
             group=_wrong(noise),
             label=label,
-            folder=f"{noise}_{distill:g}_{feature_mse:g}",
+            name=f"{noise}_{distill:g}_{feature_mse:g}",
             config=training.but(distill=distill, feature_mse=feature_mse),
             num_seeds=3,
             against=f"{noise}_0_0" if distill + feature_mse else None,
@@ -94,9 +94,9 @@ def ladder(training: TrainConfig, noise: str) -> list[Row]:
     for student in ("mamba_tiny", "vit_tiny"):
         config, below = training.but(student=student), None
         for number, (label, added) in enumerate(rungs.items()):
-            config, folder = config.but(**added), f"{noise}_{student}_{number}"
-            rows.append(Row(f"{student}, {_wrong(noise)}", label, folder, config, 3, below))
-            below = folder
+            config, name = config.but(**added), f"{noise}_{student}_{number}"
+            rows.append(Row(f"{student}, {_wrong(noise)}", label, name, config, 3, below))
+            below = name
     return rows
 
 
@@ -106,10 +106,10 @@ def how_many(training: TrainConfig, noise: str) -> list[Row]:
     rows = []
     for what, numbers in (("num_views", (10, 5, 2, 1)), ("num_captions", (5, 2, 1))):
         for number in numbers:
-            folder, base = f"{noise}_{what}_{number}", f"{noise}_{what}_{numbers[0]}"
+            name, base = f"{noise}_{what}_{number}", f"{noise}_{what}_{numbers[0]}"
             against = base if number != numbers[0] else None
             label = f"{number} {what.removeprefix('num_')}"
-            rows.append(Row(f"{what}, {_wrong(noise)}", label, folder, most.but(**{what: number}), 2, against))
+            rows.append(Row(f"{what}, {_wrong(noise)}", label, name, most.but(**{what: number}), 2, against))
     return rows
 
 
@@ -123,9 +123,10 @@ def main(name: str, argv: list[str]) -> None:
     """Run the question `name`, from the labelled data to the table."""
     options = _parser(name).parse_args(argv)
     out: Path = options.out or Path("runs") / Path(options.data).name / name
+    usual = load_training("lambda_sweep")
     training = load_training("lambda_sweep", options.set)
     asked = {noise: QUESTIONS[name](training, noise) for noise in ready.NOISES}
-    asked = {noise: [row for row in rows if options.only.search(row.folder)] for noise, rows in asked.items()}
+    asked = {noise: [row for row in rows if options.only.search(row.name)] for noise, rows in asked.items()}
     if not any(asked.values()):
         raise ConfigError(f"--only {options.only.pattern}: in no row of {name} is that found; --only noisy finds some")
     made = ready.make(options.data, out.parent, options.split, options.at_once)
@@ -135,10 +136,12 @@ def main(name: str, argv: list[str]) -> None:
         for noise, of_noise in asked.items()
         for row in of_noise
     ]
-    table = grid.run(rows, made.sets, options.split, options.seeds, out, options.at_once, "students")
+    trainings = out.parent / "trainings"
+    table = grid.run(rows, usual, made.sets, options.split, options.seeds, trainings, options.at_once, "students")
     found = {"question": name, "data": options.data, "split": options.split, "teachers": made.teachers, "rows": table}
     groups = grid.grouped(table)
     text = _markdown(made.teachers, groups, options.split)
+    out.mkdir(parents=True, exist_ok=True)
     (out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "table.md").write_text(text)
     _draw(groups, out, options.split)
@@ -185,7 +188,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add(
         "--out",
         type=Path,
-        help="folder that is written (default: runs/DATA/QUESTION); teachers and stores lie beside it",
+        help="folder that is written (default: runs/DATA/QUESTION); teachers, stores and trainings lie beside it",
     )
     add(
         "--split",
@@ -199,7 +202,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         type=_regex,
         default="",
         metavar="REGEX",
-        help="rows whose folder's name it is found in, as 'clean_400_(0|0.75)$'",
+        help="rows whose name it is found in, as 'clean_400_(0|0.75)$'",
     )
     add(
         "--set",
