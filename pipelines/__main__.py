@@ -10,6 +10,7 @@ QUESTIONS = (
     "ladder",
     "lambda_sweep",
     "many_students",
+    "resolution",
 )  # all of pipelines/experiments/questions.py
 EXPERIMENTS = ("comkd", "sample", "start", *QUESTIONS)
 

@@ -6,6 +6,7 @@ What needs the weights of a full-size student is slow: the default is the small 
 import copy
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -101,6 +102,23 @@ def test_a_seed_is_a_student(name: str) -> None:
     assert all(first[key].equal(second[key]) for key in first)
     assert not all(first[key].equal(third[key]) for key in first)
     assert torch.random.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", *SMALL])
+def test_another_size_is_kept_where_it_is_saved(name: str, tmp_path: Path) -> None:
+    students.create(name).save(tmp_path / "a")
+    larger = students.create(str(tmp_path / "a"), force_image_size=96)
+    larger.save(tmp_path / "b")
+    again = students.create(str(tmp_path / "b"))
+    assert again.image_px == 96 and students.create(str(tmp_path / "a")).image_px == 64
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (one.model.eval().encode_image(images) for one in (larger, again))
+    assert first.equal(second)
+    small, large = (students.create(str(tmp_path / which)).model.state_dict() for which in "ab")
+    resized = {key for key in small if small[key].shape != large[key].shape}
+    assert all("positional_embedding" in key for key in resized)  # the rest are the weights of the small one
+    assert all(small[key].equal(large[key]) for key in small.keys() - resized)
 
 
 @pytest.mark.parametrize("name", each(["vit_tiny", *SMALL, "mamba_small", "dmclip_b"]))

@@ -62,6 +62,7 @@ class TrainConfig(LoopConfig):
 
     # What is learned, and from what.
     student: str = Field("mamba_tiny", description="a name of the table (train/students/configs), or a folder")
+    force_image_size: int | None = Field(None, ge=1, description="pixels per side in place of the student's own")
     shards: str = Field("", description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
     store: str | None = Field(
         None, description="what teachers know about these shards; without it, plain CLIP training (distill=0)"

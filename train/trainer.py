@@ -68,7 +68,7 @@ class _Fit(Training[Batch]):
         self.eval_sets = {name: EvalSet(url) for name, url in config.eval_sets.items()}
         self.source = source_of(config)
         self.fingerprint = self.source.fingerprint
-        self.student = students.create(config.student, config.seed)
+        self.student = students.create(config.student, config.seed, config.force_image_size)
         self.model: Trainee = _trainee(self.student, self.source, config, self.eval_sets).to(ranks.device)
         if config.grad_checkpointing:
             self.student.model.set_grad_checkpointing(True)

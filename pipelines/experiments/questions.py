@@ -62,6 +62,23 @@ def many_students(training: TrainConfig, noise: str) -> list[Row]:
     ]
 
 
+def resolution(training: TrainConfig, noise: str) -> list[Row]:
+    """Is a Mamba encoder better than MobileCLIP's where images are larger? DM-CLIP's second question; the milliseconds
+    beside it are those of `clip-train latency mamba_tiny mobileclip_s0_tiny --size 64 --size 128 --size 256`."""
+    return [
+        Row(
+            group=f"{size} px, {_wrong(noise)}",
+            label=student,
+            name=f"{noise}_{student}_{size}",
+            config=training.but(student=student, force_image_size=size if size != 64 else None, distill=REINFORCED),
+            num_seeds=3,
+            against=f"{noise}_mobileclip_s0_tiny_{size}" if student == "mamba_tiny" else None,
+        )
+        for size in (64, 128)
+        for student in ("mobileclip_s0_tiny", "mamba_tiny")
+    ]
+
+
 def feature_distance(training: TrainConfig, noise: str) -> list[Row]:
     """Is it better to imitate the teachers' features (CLIP-KD) than their similarities, or both?"""
     rows = [("captions alone", 0.0, 0.0), (f"λ = {REINFORCED:g}", REINFORCED, 0.0)]
@@ -115,7 +132,8 @@ def how_many(training: TrainConfig, noise: str) -> list[Row]:
 
 CAPTIONED = ("ladder", "how_many")  # these ask for captions of a CoCa in the store
 QUESTIONS: dict[str, Callable[[TrainConfig, str], list[Row]]] = {
-    question.__name__: question for question in (lambda_sweep, many_students, feature_distance, ladder, how_many)
+    question.__name__: question
+    for question in (lambda_sweep, many_students, resolution, feature_distance, ladder, how_many)
 }
 
 

@@ -8,6 +8,7 @@ weights as well, such as an export, is a student that goes on learning from ther
 """
 
 import difflib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,13 +87,18 @@ class Student:
     def save(self, folder: Path) -> None:
         """Write it as a folder that `create` and `open_clip.create_model("local-dir:...")` load.
 
-        From the folder that describes it, config and tokenizer are copied.
+        From the folder that describes it, config and tokenizer are copied; the config with the size it has now.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             of_weights = any(path.match(pattern) for pattern in _OF_WEIGHTS)
             if path.is_file() and not of_weights and path.parent != folder:
                 shutil.copyfile(path, folder / path.name)
+        described = json.loads((folder / CONFIG).read_text())
+        if described["model_cfg"]["vision_cfg"]["image_size"] != self.image_px:
+            described["model_cfg"]["vision_cfg"]["image_size"] = self.image_px
+            described.setdefault("preprocess_cfg", {})["size"] = self.image_px
+            (folder / CONFIG).write_text(json.dumps(described, indent=1) + "\n")
         tensorfile.save(self.model.state_dict(), folder / WEIGHTS)
 
     def graphs(self, folded: bool) -> list[Graph]:
@@ -137,8 +143,11 @@ def find(name: str) -> Path:
     )
 
 
-def create(name: str, seed: int = 0) -> Student:
-    """A student with the weights of its folder, or, where there are none, with new ones drawn from `seed`."""
+def create(name: str, seed: int = 0, force_image_size: int | None = None) -> Student:
+    """A student with the weights of its folder, or, where there are none, with new ones drawn from `seed`.
+
+    force_image_size: pixels per side in place of those of its folder; a ViT's learned positions are resized.
+    """
     folder = find(name)
     has_weights = (folder / WEIGHTS).is_file()
     # open_clip warns that there are no weights, which is what was asked for.
@@ -146,7 +155,11 @@ def create(name: str, seed: int = 0) -> Student:
         torch.manual_seed(seed)
         try:
             model = open_clip.create_model(
-                f"local-dir:{folder}", load_weights=has_weights, pretrained_text=False, output_dict=True
+                f"local-dir:{folder}",
+                load_weights=has_weights,
+                pretrained_text=False,
+                output_dict=True,
+                force_image_size=force_image_size,
             )
         except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what open_clip raises on an odd config
             raise ConfigError(f"student {folder}: open_clip cannot build it: {error}") from error
