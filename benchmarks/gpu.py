@@ -313,7 +313,7 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
         worker.store = Store(str(folder))
         worker.store.promise(promised)
         for shard in worker.store.shards():
-            worker.store._fs.rm(f"{folder}/{shard}", recursive=True)
+            worker.store.objects.remove_folder(shard)
         start = time.monotonic()
         with ThreadPoolExecutor(worker.options.shards_in_flight) as pool:
             reports = list(pool.map(worker.reinforce, listed))

@@ -7,7 +7,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,10 +26,16 @@ from reinforce.terminal import (
     typed,
 )
 
+if TYPE_CHECKING:
+    from reinforce.check.repair import RepairReport
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")]
+WorkersOption = Annotated[
+    str, typer.Option(help="Ray workers: a number, MIN:MAX, auto, or 0 for none: all work in this process")
+]
 _DEFAULTS = RunOptions()
 
 
@@ -51,9 +57,7 @@ def run(
         ),
     ] = None,
     set_: SetOption = [],
-    workers: Annotated[
-        str, typer.Option(help="Ray workers: a number, MIN:MAX, auto, or 0 for none: all work in this process")
-    ] = _DEFAULTS.workers,
+    workers: WorkersOption = _DEFAULTS.workers,
     device: DeviceOption = _DEFAULTS.device,
     max_invalid: Annotated[
         float, typer.Option(help="a shard with a larger share of bad samples than this is refused")
@@ -137,22 +141,82 @@ def info(
 @app.command()
 def verify(
     store: StoreArgument,
-    shards: Annotated[str | None, typer.Option(help="the tars that it was made from, for --replay")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="the tars that it was made from: every image and caption is compared")
+    ] = None,
     replay: Annotated[int, typer.Option(min=0, help="number of views to make again from the tars and compare")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="exit with 1 also where something could not be compared, or is foreign")
+    ] = False,
     device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Check that every column of a store is there and whole; with --replay also that views can be made again."""
+    """Check that every column of a store is there, whole and its own; with --shards that it is of these tars, with
+    --replay also that views can be made again."""
     from reinforce.check.verify import verify as check
 
     with errors_as_sentences():
         report = check(store, shards, replay, device)
+        sound = report.sound and not (strict and (report.unchecked or report.foreign))
         if json_:
             print(json.dumps(asdict(report)))
         else:
             print_tree(asdict(report))
-            print("sound" if report.sound else "faults found")
+            print("sound" if sound else "faults found" if not report.sound else "sound, but not all was compared")
+            if report.corrupt or report.missing:
+                print(f"Next:  {typed('clip-reinforce')} repair {store} --shards '{shards or 'DIR/*.tar'}'")
+    raise typer.Exit(0 if sound else 1)
+
+
+@app.command()
+def repair(
+    store: StoreArgument,
+    shards: Annotated[str | None, typer.Option(help="the tars that it was made from")] = None,
+    remove_foreign: Annotated[
+        bool, typer.Option("--remove-foreign", help="also remove files that are no part of the store")
+    ] = False,
+    workers: WorkersOption = _DEFAULTS.workers,
+    device: DeviceOption = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Take out what `verify` finds damaged, and compute it again from the tars, to the same bytes."""
+    from reinforce.check.repair import repair as mend
+
+    with errors_as_sentences():
+        options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")
+        with redirect_stdout(sys.stderr):
+            report = mend(store, shards, options, remove_foreign)
+        _print_repair(report, store, json_)
     raise typer.Exit(0 if report.sound else 1)
+
+
+@app.command()
+def redo(
+    store: StoreArgument,
+    names: Annotated[list[str], typer.Argument(metavar="SHARD..", help="names of shards, as 00000017")],
+    shards: Annotated[str, typer.Option(help="the tars to make them again from")],
+    workers: WorkersOption = _DEFAULTS.workers,
+    device: DeviceOption = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Compute whole shards again, as after a tar was replaced."""
+    from reinforce.check.repair import redo as again
+
+    with errors_as_sentences():
+        options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")
+        with redirect_stdout(sys.stderr):
+            report = again(store, names, shards, options)
+        _print_repair(report, store, json_)
+    raise typer.Exit(0 if report.sound else 1)
+
+
+def _print_repair(report: "RepairReport", store: str, json_: bool) -> None:
+    if json_:
+        print(json.dumps(asdict(report)))
+        return
+    print_tree(asdict(report))
+    if report.run is None:
+        print(f"Next:  {typed('clip-reinforce')} repair {store} --shards 'DIR/*.tar'   computes again what was removed")
 
 
 def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:

@@ -144,7 +144,7 @@ def test_wrong_names_get_a_sentence_with_what_there_is(reinforced: Reinforced, t
         (lambda: shard.view("base", 9, 0), r"row 9 \(00001-1-bad0\) is in quarantine: unknown_image_format"),
         (lambda: shard.captions("blip", 0), "no text set 'blip'; it has original, coca"),
         (lambda: shard.captions("coca", 10), "is in quarantine"),
-        (lambda: shard.array("view/base/vti"), "no column 'view/base/vti'; it has key, status"),
+        (lambda: shard.array("view/base/vti"), "no column 'view/base/vti'; it has key, digest"),
         (lambda: shard.array("key", 0), "no index 0"),
     ]:
         with pytest.raises((reinforce.ConfigError, reinforce.NotCommitted), match=told):

@@ -19,6 +19,7 @@ from reinforce.models.teacher import Teacher
 from reinforce.run import driver
 from reinforce.run.worker import Worker
 from reinforce.store.columns import CLASSES, columns
+from reinforce.store.manifest import LATER, Manifest
 from reinforce.store.store import Store
 from tests import tiny
 
@@ -84,8 +85,10 @@ def test_lost_classes_are_written_again_and_are_the_same(made) -> None:
 def test_damaged_classes_are_found(made) -> None:
     _, _, url = made
     store = Store(url)
-    store.commit(CLASSES, "kinds/vit", np.ones_like(store.read(CLASSES, "kinds/vit")))
-    store.commit(CLASSES, "kinds/name", np.array(["hat"], dtype=object))
+    ones = np.ones_like(store.read(CLASSES, "kinds/vit"))
+    for column, array in (("kinds/vit", ones), ("kinds/name", np.array(["hat"], dtype=object))):
+        store.remove(CLASSES, column)
+        store.commit(CLASSES, column, array)
     assert verify(url, None, 0).corrupt == [
         "__classes__/kinds/name: 1 rows, the manifest has 3",
         "__classes__/kinds/vit: embeddings of good samples that are not unit vectors",
@@ -117,10 +120,15 @@ def test_a_store_from_before_there_were_classes_is_still_the_same(recipe: Recipe
     Worker(recipe, str(tmp_path / "s"), CPU)
     path = tmp_path / "s/zarr.json"
     root = json.loads(path.read_text())
-    del root["attributes"]["reinforce"]["recipe"]["class_sets"]
-    for teacher in root["attributes"]["reinforce"]["recipe"]["teachers"].values():
+    told = root["attributes"]["reinforce"]
+    del told["recipe"]["class_sets"]
+    for teacher in told["recipe"]["teachers"].values():
         del teacher["prompts"]
-    path.write_text(json.dumps(root))
+    for model in (model for kind in told["models"].values() for model in kind.values()):
+        for later in LATER:
+            del model[later]
+    old = Manifest(told["recipe"], told["models"], told["augment_fields"], told["software"], 1)
+    path.write_text(json.dumps({"attributes": {"reinforce": old.to_json()}}))
     manifest = Store(str(tmp_path / "s")).manifest()
     assert manifest and manifest.parsed_recipe() == recipe
     driver.run(tiny.tar(tmp_path / "00000.tar", 3), str(tmp_path / "s"), recipe, CPU)

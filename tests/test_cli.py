@@ -39,7 +39,7 @@ def test_info(made: tuple[str, str, str]) -> None:
     code, out, _ = reinforce("info", store, "--json")
     told = json.loads(out)
     assert code == 0
-    assert (told["format_version"], told["shards"], told["samples"], told["valid"]) == (1, 1, 7, 6)
+    assert (told["format_version"], told["shards"], told["samples"], told["valid"]) == (2, 1, 7, 6)
     assert sum(told["quarantined"].values()) == 1
     assert told["view_sets"] == {"base": {"views": 3, "teachers": ["vit", "conv"]}}
     assert told["text_sets"]["coca"] == {"captions": 2, "teachers": ["vit", "conv"]}

@@ -7,6 +7,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -19,8 +20,11 @@ from typer.testing import CliRunner
 
 from pipelines.experiments import picture
 from reinforce.__main__ import app as reinforce
+from reinforce.config import RunOptions
 from reinforce.errors import ConfigError
 from reinforce.recipes import load_recipe
+from reinforce.run import driver
+from reinforce.store.store import Store
 from tests import tiny
 from tests.conftest import Reinforced
 from train.__main__ import app as train
@@ -56,8 +60,9 @@ def home(reinforced: Reinforced, tmp_path_factory: pytest.TempPathFactory) -> Pa
     (folder / "stores").mkdir()
     for tar in reinforced.shards.split("::"):
         (folder / "samples/train" / Path(tar).name).symlink_to(tar)
-    tiny.tar(folder / "samples/train/00003.tar", 1)
-    (folder / "stores/samples.zarr").symlink_to(reinforced.store)
+    last = tiny.tar(folder / "samples/train/00003.tar", 1)
+    store = shutil.copytree(reinforced.store, folder / "stores/samples.zarr")
+    driver.run(last, str(store), Store(str(store)).promised().parsed_recipe(), RunOptions(workers="0", device="cpu"))
     return folder
 
 

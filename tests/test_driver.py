@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,12 +90,12 @@ def test_a_fault_of_the_disk_gets_another_try(
     """Not so a broken tar, which would be read again for nothing."""
     commit, calls = Store.commit, 0
 
-    def failing(*arguments) -> None:
+    def failing(*arguments: Any, **more: Any) -> bool:
         nonlocal calls
         calls += 1
         if calls <= faults:
             raise OSError(28, "No space left on device")
-        commit(*arguments)
+        return commit(*arguments, **more)
 
     monkeypatch.setattr(Store, "commit", failing)
     report = driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers="0", device="cpu", attempts=3))

@@ -20,7 +20,7 @@ SEES = {
     "reinforce.__init__": {"reinforce.run", "reinforce.store", "reinforce.recipes"} | GROUND,
     "reinforce.__main__": {"reinforce.run", "reinforce.check", "reinforce.recipes", "reinforce.terminal"} | GROUND,
     "reinforce.run": {"reinforce.models", "reinforce.store", "reinforce.progress", "reinforce.process"} | SAMPLES,
-    "reinforce.check": {"reinforce.models", "reinforce.store"} | SAMPLES,
+    "reinforce.check": {"reinforce.run", "reinforce.models", "reinforce.store", "reinforce.progress"} | SAMPLES,
     "reinforce.models": SAMPLES | {"reinforce.process"},
     "reinforce.store": SAMPLES | {"reinforce.process"},
     "reinforce.data": GROUND | {"reinforce.process"},
@@ -37,7 +37,7 @@ READER = SAMPLES | {f"reinforce.{room}" for room in ("models", "store", "recipes
 LOADERS = {"train.students.scan"}
 HEAVY = {
     "ray": {"reinforce.run.on_ray"},
-    "zarr": {"reinforce.store.store", "reinforce.store.bfloat16"},
+    "zarr": {"reinforce.store.store", "reinforce.store.arrays", "reinforce.store.bfloat16"},
     "open_clip": {"reinforce.models.open_clip"},
     "tarfile": {"reinforce.data.tars"},
     "onnx": {"train.export"},

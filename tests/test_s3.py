@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import ml_dtypes
@@ -61,7 +62,7 @@ def test_from_s3_to_s3_and_back(bucket, recipe: Recipe, tmp_path: Path) -> None:
     assert info("s3://bucket/store.zarr") == info(str(tmp_path / "local"))
     doubt = verify("s3://bucket/store.zarr", remote, 5, "cpu")
     assert doubt.sound and doubt.replay and doubt.replay["pixel_equal"] == 5
-    bucket.rm_file("bucket/store.zarr/00001/view/base/vit/c.1.0.0")
+    bucket.rm_file("bucket/store.zarr/00001/view/base/vit/c.0.0.0")
     assert [fault.split(":")[0] for fault in verify("s3://bucket/store.zarr", None, 0).corrupt] == [
         "00001/view/base/vit"
     ]
@@ -69,10 +70,23 @@ def test_from_s3_to_s3_and_back(bucket, recipe: Recipe, tmp_path: Path) -> None:
         Store("s3://bucket/store.zarr").read("00001", "view/base/vit", 1)
 
 
-def test_a_commit_over_s3_leaves_strays_of_a_dead_run_out(bucket) -> None:
+def test_two_writers_with_other_bytes_over_s3(bucket: Any) -> None:
+    """The first one wins, object by object: puts are conditional."""
     store = Store("s3://bucket/s.zarr")
-    array = np.ones((2, 3, 4), ml_dtypes.bfloat16)
-    bucket.pipe_file("bucket/s.zarr/0/view/base/vit/c.7.0.0", b"old")
-    store.commit("0", "view/base/vit", array)
-    assert store.objects("0", "view/base/vit") == ["c.0.0.0", "c.1.0.0"]
-    assert (store.read("0", "view/base/vit") == array).all()
+    first, late = (np.full((2, 3, 4), value, ml_dtypes.bfloat16) for value in (1, 2))
+    assert store.commit("0", "view/base/vit", first)
+    before = {path: bucket.cat_file(path) for path in bucket.find("bucket/s.zarr")}
+    assert not store.commit("0", "view/base/vit", late)
+    bucket.rm_file("bucket/s.zarr/0/view/base/vit/zarr.json")
+    assert not store.commit("0", "view/base/vit", late)  # the object of the one that died is whole: it was the first
+    assert {path: bucket.cat_file(path) for path in bucket.find("bucket/s.zarr")} == before
+    assert (store.read("0", "view/base/vit") == first).all()
+    assert not Store("s3://bucket/s.zarr").objects.create("0/zarr.json", b"other")
+
+
+def test_a_marker_of_a_folder_is_no_shard(bucket: Any) -> None:
+    store = Store("s3://bucket/s.zarr")
+    store.commit("0", "status", np.zeros(2, np.uint8))
+    bucket.pipe_file("bucket/s.zarr/", b"")
+    bucket.pipe_file("bucket/s.zarr/notes.txt", b"mine")
+    assert store.shards() == ["0"] and store.missing("0", ["status", "key"]) == ["key"]

@@ -1,9 +1,13 @@
 """Promise 1: a column exists exactly when its zarr.json exists, whole. Promise 2: a doubled writer does no harm."""
 
+import errno
 import json
 import os
 import shutil
+import socket
+import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -15,10 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from reinforce.config import ClassSet, Recipe
+from reinforce.config import ClassSet, Recipe, Teacher
 from reinforce.errors import ConfigError, Corrupt, NotCommitted, StoreError
+from reinforce.store.arrays import CHUNK_ROWS
 from reinforce.store.columns import CLASSES, Column, class_columns, columns
-from reinforce.store.store import CHUNK_ROWS, Store
+from reinforce.store.manifest import Manifest
+from reinforce.store.store import Store
 from tests.tiny import tree
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -73,7 +79,7 @@ def test_a_recipe_names_its_columns_and_a_column_knows_what_it_is(recipe: Recipe
     assert both.text_sets == {"original": 4, "coca": 2}
     asked = {str(column): column for column in columns(both)}
     assert list(asked) == [
-        *("key", "status", "size", "text/original/caption", "text/coca/caption"),
+        *("key", "digest", "status", "size", "text/original/caption", "text/coca/caption"),
         *("view/base/augment", "view/base/pixels"),
         *("text/original/vit", "text/original/conv", "text/coca/vit", "text/coca/conv"),
         *("view/base/vit", "view/base/conv"),
@@ -86,7 +92,7 @@ def test_a_recipe_names_its_columns_and_a_column_knows_what_it_is(recipe: Recipe
     num_items = {column.set: column.num_items(both) for column in columns(both) if column.row_axis == 1}
     assert num_items == {"original": 4, "coca": 2, "base": 3}
     assert {str(column) for column in everything if column.row_axis == 0} == {
-        *("key", "status", "size", "kinds/name", "kinds/vit", "kinds/conv")
+        *("key", "digest", "status", "size", "kinds/name", "kinds/vit", "kinds/conv")
     }
     for path in ("", "a/b/c", "view/base/vit/more"):
         with pytest.raises(ValueError, match="no column lies at"):
@@ -100,7 +106,7 @@ def test_a_column_is_the_same_by_its_path(tmp_path: Path) -> None:
     store.commit(CLASSES, Column("class", "kinds", "vit"), array)
     assert same_bits(store.read(CLASSES, "kinds/vit"), array)
     assert store.missing(CLASSES, ["kinds/vit", "kinds/name"]) == ["kinds/name"]
-    assert store.objects(CLASSES, "kinds/vit") == ["c.0.0"]
+    assert store.chunk_objects(CLASSES, "kinds/vit") == ["c.0.0"]
     assert store.open_array(CLASSES, "kinds/vit").attrs["rows"] == 4
 
 
@@ -122,13 +128,21 @@ def test_the_tree_can_be_walked_in_plain_zarr(tmp_path: Path) -> None:
     assert [name for name, _ in group["view/base"].members()] == ["vit"]
 
 
+def chunks(column: Path) -> list[list[int]]:
+    """[offset, length, CRC] of each chunk, view by view."""
+    found: list[list[int]] = json.loads((column / "zarr.json").read_text())["attributes"]["chunks"]
+    return found
+
+
 def test_one_view_reads_the_bytes_of_one_view(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.commit("00000", "view/base/vit", embeddings(30, 50, 16))
     column = tmp_path / "00000/view/base/vit"
-    for chunk in column.glob("c.*"):
-        if not chunk.name.startswith("c.7."):
-            chunk.write_bytes(b"")  # whoever touches another view's chunk fails
+    data = bytearray((column / "c.0.0.0").read_bytes())
+    for view, (offset, length, _) in enumerate(chunks(column)):
+        if view != 7:
+            data[offset : offset + length] = bytes(length)  # whoever touches another view's chunk fails
+    (column / "c.0.0.0").write_bytes(data)
     assert same_bits(store.read("00000", "view/base/vit", 7), embeddings(30, 50, 16)[7])
     with pytest.raises(Corrupt):
         store.read("00000", "view/base/vit", 8)
@@ -153,7 +167,7 @@ def test_a_write_that_dies_at_any_put_leaves_no_column_and_the_next_makes_it_who
     clean = Store(str(tmp_path / "clean"))
     clean.commit("00000", "view/base/vit", array)
     wanted = tree(tmp_path / "clean")
-    replace, total = os.replace, len(wanted)
+    link, total = os.link, len(wanted)
     for fatal in range(total):
         puts = 0
 
@@ -162,25 +176,67 @@ def test_a_write_that_dies_at_any_put_leaves_no_column_and_the_next_makes_it_who
             if puts == fatal:
                 raise KeyboardInterrupt
             puts += 1
-            replace(source, target)
+            link(source, target)
 
         store = Store(str(tmp_path / f"n{fatal}"))
-        monkeypatch.setattr(os, "replace", dying)
+        monkeypatch.setattr(os, "link", dying)
         with pytest.raises(KeyboardInterrupt):
             store.commit("00000", "view/base/vit", array)
-        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "link", link)
         assert not store.has("00000", "view/base/vit")
-        store.commit("00000", "view/base/vit", array)
-        store.sweep({"00000"})
+        assert store.commit("00000", "view/base/vit", array)
+        store.objects.sweep()
         assert tree(tmp_path / f"n{fatal}") == wanted
 
 
-def test_chunks_of_a_dead_run_that_do_not_belong_are_removed(tmp_path: Path) -> None:
+def test_a_stray_of_another_shape_is_not_taken_for_ours(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "s"))
     store.commit("00000", "view/base/vit", embeddings(5, 3, 4))
     (tmp_path / "s/00000/view/base/vit/zarr.json").unlink()
-    store.commit("00000", "view/base/vit", embeddings(2, 3, 4))
-    assert store.objects("00000", "view/base/vit") == ["c.0.0.0", "c.1.0.0"]
+    assert store.commit("00000", "view/base/vit", embeddings(2, 3, 4))
+    assert same_bits(store.read("00000", "view/base/vit"), embeddings(2, 3, 4))
+
+
+def test_the_first_of_two_writers_with_other_bytes_wins_and_the_late_one_changes_nothing(tmp_path: Path) -> None:
+    first, late = embeddings(4, 6, 8), embeddings(4, 6, 8, seed=1)
+    store = Store(str(tmp_path))
+    assert store.commit("00000", "view/base/vit", first)
+    before = tree(tmp_path)
+    assert not store.commit("00000", "view/base/vit", late)
+    assert tree(tmp_path) == before and same_bits(store.read("00000", "view/base/vit"), first)
+
+
+def test_a_writer_that_died_before_the_metadata_is_the_first_one(tmp_path: Path) -> None:
+    """Its object is whole, so the next writer finishes that column; it is not mixed with its own."""
+    first, second = embeddings(4, 6, 8), embeddings(4, 6, 8, seed=1)
+    store = Store(str(tmp_path))
+    store.commit("00000", "view/base/vit", first)
+    before = tree(tmp_path)
+    (tmp_path / "00000/view/base/vit/zarr.json").unlink()
+    assert not store.commit("00000", "view/base/vit", second)
+    assert tree(tmp_path) == before and same_bits(store.read("00000", "view/base/vit"), first)
+
+
+def test_a_damaged_stray_is_replaced(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.commit("00000", "view/base/vit", embeddings(4, 6, 8))
+    before = tree(tmp_path)
+    (tmp_path / "00000/view/base/vit/zarr.json").unlink()
+    damage_bit(tmp_path / "00000/view/base/vit/c.0.0.0")
+    assert store.commit("00000", "view/base/vit", embeddings(4, 6, 8))
+    assert tree(tmp_path) == before
+
+
+def test_without_hard_links_it_works_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "no links on this file system", target)
+
+    Store(str(tmp_path / "with")).commit("00000", "view/base/vit", embeddings(2, 3, 4))
+    monkeypatch.setattr(os, "link", no_links)
+    store = Store(str(tmp_path / "without"))
+    assert store.commit("00000", "view/base/vit", embeddings(2, 3, 4))
+    assert not store.commit("00000", "view/base/vit", embeddings(2, 3, 4, seed=1))
+    assert tree(tmp_path / "without") == tree(tmp_path / "with")
 
 
 def test_two_writers_of_one_column_end_in_one_whole_column(tmp_path: Path) -> None:
@@ -194,19 +250,60 @@ def test_two_writers_of_one_column_end_in_one_whole_column(tmp_path: Path) -> No
         thread.start()
     for thread in threads:
         thread.join()
-    Store(str(tmp_path / "two")).sweep({"00000"})
+    Store(str(tmp_path / "two")).objects.sweep()
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
-def test_sweep_leaves_the_writes_of_other_shards_alone(tmp_path: Path) -> None:
+def test_sweep_removes_what_the_dead_have_left_and_nothing_of_the_living(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.commit("00000", "status", np.zeros(1, np.uint8))
-    for name in ("00000~a", "00001~b", "~c"):
+    here = socket.gethostname()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {
+        f"{here}~{dead.pid}~a": False,
+        f"{here}~{os.getpid()}~b": True,
+        "elsewhere~1~c": True,
+        "elsewhere~1~d": True,
+    }
+    for name in names:
+        (tmp_path / ".partial").mkdir(exist_ok=True)
         (tmp_path / ".partial" / name).write_bytes(b"half")
-    store.sweep({"00000"})
-    assert [path.name for path in (tmp_path / ".partial").iterdir()] == ["00001~b"]
-    store.sweep({"00001"})
+    os.utime(tmp_path / ".partial/elsewhere~1~d", (0, 0))
+    store.objects.sweep()
+    assert {path.name for path in (tmp_path / ".partial").iterdir()} == {f"{here}~{os.getpid()}~b", "elsewhere~1~c"}
+    for path in (tmp_path / ".partial").iterdir():
+        path.unlink()
+    store.objects.sweep()
     assert not (tmp_path / ".partial").exists()
+
+
+def test_sweeping_beside_writers_breaks_no_commit(tmp_path: Path) -> None:
+    store, done = Store(str(tmp_path)), threading.Event()
+    others = [Store(str(tmp_path)) for _ in range(2)]
+
+    def sweeping() -> None:
+        while not done.is_set():
+            for other in others:
+                other.objects.sweep()
+
+    thread = threading.Thread(target=sweeping)
+    thread.start()
+    try:
+        for number in range(60):
+            store.commit(f"{number:05d}", "status", np.zeros(3, np.uint8))
+    finally:
+        done.set()
+        thread.join()
+    assert len(store.shards()) == 60
+
+
+def test_files_and_markers_are_no_shards(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.commit("00000", "status", np.zeros(1, np.uint8))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".hidden").mkdir()
+    assert store.shards() == ["00000"]
 
 
 def damage_missing(chunk: Path) -> None:
@@ -227,27 +324,150 @@ def damage_bit(chunk: Path) -> None:
     chunk.write_bytes(bytes(data))
 
 
-def damage_other_view(chunk: Path) -> None:
-    shutil.copy(chunk.with_name("c.2.0.0"), chunk)
+def damage_other_column(chunk: Path) -> None:
+    shutil.copy(chunk.parents[1] / "conv" / chunk.name, chunk)
 
 
-@pytest.mark.parametrize("damage", [damage_missing, damage_empty, damage_truncated, damage_bit, damage_other_view])
-def test_every_damage_is_found(tmp_path: Path, damage) -> None:
+def damage_swapped_views(chunk: Path) -> None:
+    """Two chunks of equal length change places: the index, and each chunk in itself, stay right."""
+    data, (one, two) = bytearray(chunk.read_bytes()), chunks(chunk.parent)[1:3]
+    assert one[1] == two[1]
+    a, b = (data[offset : offset + length] for offset, length, _ in (one, two))
+    data[one[0] : one[0] + one[1]], data[two[0] : two[0] + two[1]] = b, a
+    chunk.write_bytes(bytes(data))
+
+
+DAMAGES = [damage_missing, damage_empty, damage_truncated, damage_bit, damage_other_column, damage_swapped_views]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_found_and_never_read(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     store = Store(str(tmp_path))
-    store.commit("00000", "view/base/vit", embeddings(3, 10, 8))
-    damage(tmp_path / "00000/view/base/vit/c.1.0.0")
+    bits = np.random.default_rng(0).integers(0, 1 << 16, (2, 3, 10, 8), np.uint16)  # they do not shrink
+    store.commit("00000", "view/base/vit", bits[0].view(BF16))
+    store.commit("00000", "view/base/conv", bits[1].view(BF16))
+    damage(tmp_path / "00000/view/base/vit/c.0.0.0")
     with pytest.raises(Corrupt, match="00000/view/base/vit"):
         store.check("00000", "view/base/vit")
-    if damage is not damage_other_view:  # its own checksum is right: only the column's knows
-        with pytest.raises(Corrupt):
-            store.read("00000", "view/base/vit")
-    assert store.read("00000", "view/base/vit", 0).shape == (10, 8)
+    with pytest.raises(Corrupt, match="00000/view/base/vit"):
+        store.read("00000", "view/base/vit")
+    views = [lambda index=index: store.read("00000", "view/base/vit", index) for index in range(3)]
+    assert any(raises_corrupt(view) for view in views)
+
+
+def raises_corrupt(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except Corrupt:
+        return True
+    return False
+
+
+@pytest.fixture
+def promised(tmp_path: Path) -> Store:
+    """A store with a manifest, and two shards of one column."""
+    recipe = Recipe(name="r", teachers={"vit": Teacher(model="x")}, captioners={})
+    store = Store(str(tmp_path / "s"))
+    store.promise(Manifest.of(recipe, {"teachers": {"vit": {}}, "captioners": {}}))
+    for number, name in enumerate(("00000", "00001")):
+        store.commit(name, "view/base/vit", embeddings(2, 3, 4, seed=number), f"data of {name}")
+    return store
+
+
+def test_a_column_of_another_shard_or_place_is_refused(promised: Store, tmp_path: Path) -> None:
+    column = tmp_path / "s/00000/view/base/vit"
+    shutil.rmtree(column)
+    shutil.copytree(tmp_path / "s/00001/view/base/vit", column)
+    for call in (promised.read, promised.check, promised.attributes):
+        with pytest.raises(Corrupt, match="00000/view/base/vit is another's: its shard is 00001, and should be 00000"):
+            call("00000", "view/base/vit")
+    assert promised.read("00001", "view/base/vit").shape == (2, 3, 4)
+
+
+def test_a_column_of_a_store_that_promises_something_else_is_refused(promised: Store, tmp_path: Path) -> None:
+    other = Store(str(tmp_path / "other"))
+    recipe = promised.promised().parsed_recipe().but(seed=1)
+    other.promise(Manifest.of(recipe, {"teachers": {"vit": {}}, "captioners": {}}))
+    other.commit("00000", "view/base/vit", embeddings(2, 3, 4))
+    shutil.rmtree(tmp_path / "s/00000")
+    shutil.copytree(tmp_path / "other/00000", tmp_path / "s/00000")
+    with pytest.raises(Corrupt, match="is another's: its promise is"):
+        promised.read("00000", "view/base/vit")
+
+
+def test_a_column_of_other_images_is_refused(promised: Store) -> None:
+    assert promised.read("00000", "view/base/vit", None, "data of 00000").shape == (2, 3, 4)
+    with pytest.raises(Corrupt, match="belongs to other images"):
+        promised.read("00000", "view/base/vit", None, "data of 00001")
+
+
+def test_a_teacher_more_leaves_the_promises_of_the_others(promised: Store) -> None:
+    manifest = promised.promised()
+    recipe = manifest.parsed_recipe()
+    vit, two = {"weights_sha256": "1"}, {"vit": Teacher(model="x"), "more": Teacher(model="y")}
+
+    def manifest_of(recipe: Recipe, **teachers: object) -> Manifest:
+        return Manifest.of(recipe, {"teachers": teachers, "captioners": {}})
+
+    first = manifest_of(recipe, vit=vit)
+    more = manifest_of(recipe.but(teachers=two), vit=vit, more={"weights_sha256": "2"})
+    assert all(first.promise(column) == more.promise(column) for column in first.columns())
+    promises = [more.promise(column) for column in more.columns()]
+    assert len(set(promises)) == len(promises)
+    other = manifest_of(recipe, vit={"weights_sha256": "3"})
+    changed = [str(column) for column in first.columns() if first.promise(column) != other.promise(column)]
+    assert changed == ["text/original/vit", "view/base/vit"]
+    seeded = manifest_of(recipe.but(seed=5), vit=vit)
+    changed = [str(column) for column in first.columns() if first.promise(column) != seeded.promise(column)]
+    assert changed == ["view/base/augment", "view/base/pixels", "view/base/vit"]
+
+
+@given(place=st.integers(0, 10_000), flip=st.integers(1, 255))
+@settings(max_examples=150, deadline=None)
+def test_metadata_with_any_byte_changed_are_an_error_or_the_same(
+    tmp_path_factory: pytest.TempPathFactory, place: int, flip: int
+) -> None:
+    """Never another exception, and never another array."""
+    root = tmp_path_factory.getbasetemp() / "flipped"
+    array, store = embeddings(2, 3, 4), Store(str(root))
+    if not root.exists():
+        store.commit("00000", "view/base/vit", array)
+    path = root / "00000/view/base/vit/zarr.json"
+    written = path.read_bytes()
+    data = bytearray(written)
+    data[place % len(data)] ^= flip
+    path.write_bytes(bytes(data))
+    try:
+        assert same_bits(store.read("00000", "view/base/vit"), array)  # white space
+    except Corrupt as error:
+        assert "00000/view/base/vit/zarr.json" in str(error)
+    finally:
+        path.write_bytes(written)
+
+
+def test_a_store_whose_manifest_is_lost_or_edited_is_not_taken_for_a_new_one(promised: Store, tmp_path: Path) -> None:
+    root = tmp_path / "s/zarr.json"
+    written = root.read_text()
+    manifest = promised.promised()
+    faults = {
+        "": "damaged",
+        written.replace('"seed": 0', '"seed": 9'): "not as it was written",
+        "{}": "not one of this",
+    }
+    for data, says in faults.items():
+        root.write_text(data)
+        with pytest.raises(StoreError, match=says):
+            Store(promised.url).manifest()
+    root.unlink()
+    for call in (lambda store: store.manifest(), lambda store: store.promise(manifest), lambda store: store.promised()):
+        with pytest.raises(StoreError, match="holds '00000' and no zarr.json: its manifest is lost"):
+            call(Store(promised.url))
 
 
 def test_all_zero_chunks_are_written(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.commit("00000", "view/base/pixels", np.zeros((3, 4), np.uint64))
-    assert len(store.objects("00000", "view/base/pixels")) == 3
+    assert len(chunks(tmp_path / "00000/view/base/pixels")) == 3
 
 
 def test_a_foreign_zarr_store_is_refused(tmp_path: Path) -> None:

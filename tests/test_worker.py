@@ -215,7 +215,7 @@ def test_two_shards_at_once_are_the_same_as_one_after_the_other(recipe: Recipe, 
         reports = list(pool.map(two.reinforce, [*listed, listed[0]]))  # one of them twice
     assert not [report.error for report in reports if report.error]
     for name in ("one", "two"):
-        Store(str(tmp_path / name)).sweep({shard.name for shard in listed})
+        Store(str(tmp_path / name)).objects.sweep()
     assert tiny.tree(tmp_path / "one") == tiny.tree(tmp_path / "two")
 
 

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from reinforce.config import Recipe
 from reinforce.data.shards import Status
-from reinforce.store.columns import CLASSES, KEY, STATUS, Column, class_columns, columns
+from reinforce.store.columns import CLASSES, KEY, STATUS, Column
+from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
 
 
-def groups(store: Store, recipe: Recipe) -> Iterator[tuple[str, list[Column]]]:
+def groups(store: Store, manifest: Manifest) -> Iterator[tuple[str, list[Column]]]:
     """Every group with the columns that it must have: the class texts', then each shard's."""
-    if recipe.class_sets:
-        yield CLASSES, class_columns(recipe)
+    if classes := manifest.class_columns():
+        yield CLASSES, classes
     for shard in store.shards():
-        yield shard, columns(recipe)
+        yield shard, manifest.columns()
 
 
 def info(url: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def info(url: str) -> dict[str, Any]:
     quarantined: Counter[str] = Counter()
     samples = valid = total = raw = stored = 0
     missing = []
-    for group, wanted in groups(store, recipe):
+    for group, wanted in groups(store, manifest):
         absent = store.missing(group, wanted)
         missing += [f"{group}/{column}" for column in absent]
         present = [column for column in wanted if column not in absent]

@@ -1,6 +1,5 @@
 """The replay proof: views are made again from the tars and compared with what the store holds of them."""
 
-import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,14 +14,12 @@ from reinforce.config import Recipe
 from reinforce.data import augment, images, shards
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, MissingExtra
-from reinforce.store.columns import KEY, STATUS, Column, columns
+from reinforce.store.columns import KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
 
 if TYPE_CHECKING:
     from reinforce.models.teacher import Teacher
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,16 +35,18 @@ class _Ask:
 
 
 def replay(store: Store, manifest: Manifest, listed: list[Shard], num: int, device: str) -> dict[str, Any]:
-    """Counts of `num` views spread over the store, made again from the shards `listed`, with the teachers at hand.
+    """Counts of `num` views spread over the store, made again from the shards `listed`, with the teachers at hand;
+    `left_out` are those that are not, with why.
 
     Raises ConfigError where the shards are not those of the store.
     """
     recipe = manifest.parsed_recipe()
     by_name = {shard.name: shard for shard in listed}
-    asks = _choose(store, recipe, [name for name in store.shards() if name in by_name], num)
+    asks = _choose(store, manifest, [name for name in store.shards() if name in by_name], num)
     if not asks:
         raise ConfigError(f"none of the shards given has good samples in {store.url}; give those it was made from")
-    teachers = _teachers(manifest, recipe, device)
+    left_out: list[str] = []
+    teachers = _teachers(manifest, recipe, device, left_out)
     num_views = num_equal = 0
     cosines: list[float] = []
     again = (view for name in asks for view in _again(store, recipe, by_name[name], asks[name], teachers))
@@ -62,6 +61,7 @@ def replay(store: Store, manifest: Manifest, listed: list[Shard], num: int, devi
         "pixel_equal": num_equal,
         "cosine_mean": float(np.mean(cosines)) if cosines else None,
         "cosine_min": float(np.min(cosines)) if cosines else None,
+        "left_out": left_out,
     }
 
 
@@ -94,12 +94,14 @@ def _again(
             )
 
 
-def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[str, list[_Ask]]:
+def _choose(store: Store, manifest: Manifest, names: list[str], num: int) -> dict[str, list[_Ask]]:
     """`num` views spread over all shards, samples, sets and indices; the same ones each time."""
-    whole = [name for name in names if not store.missing(name, columns(recipe))]
+    whole = [name for name in names if not store.missing(name, manifest.columns())]
     good = {name: np.flatnonzero(store.read(name, STATUS) == Status.GOOD) for name in whole}
     places = [(name, int(row)) for name in whole for row in good[name]]
-    kinds = [(set_name, index) for set_name, v in recipe.view_sets.items() for index in range(v.num_views)]
+    kinds = [
+        (set_name, index) for set_name, v in manifest.parsed_recipe().view_sets.items() for index in range(v.num_views)
+    ]
     total = len(places) * len(kinds)
     chosen = random.Random(0).sample(range(total), min(num, total))
     asks: dict[str, list[_Ask]] = defaultdict(list)
@@ -109,27 +111,28 @@ def _choose(store: Store, recipe: Recipe, names: list[str], num: int) -> dict[st
     return asks
 
 
-def _teachers(manifest: Manifest, recipe: Recipe, device: str) -> dict[str, "Teacher"]:
-    """The teachers that are at hand and are those of the manifest; pixels alone can be compared without them."""
+def _teachers(manifest: Manifest, recipe: Recipe, device: str, left_out: list[str]) -> dict[str, "Teacher"]:
+    """The teachers that are at hand and are those of the manifest; pixels alone can be compared without them. Why the
+    others are not goes into `left_out`."""
     from reinforce.models.device import pick_device
 
     where = pick_device(device)
     try:
         from reinforce.models.teacher import Teacher
     except MissingExtra as error:
-        log.warning("cosines are left out: %s", error)
+        left_out.append(f"cosines: {error}")
         return {}
     teachers = {}
     for name, config in recipe.teachers.items():
         try:
             teacher = Teacher(config, recipe.batch_size, where, recipe.random_seed)
         except ConfigError as error:
-            log.warning("teacher %s is not at hand, its cosine is left out: %s", name, error)
+            left_out.append(f"cosines of teacher {name}, which is not at hand: {error}")
             continue
         if teacher.frozen.digest == manifest.models["teachers"][name]["weights_sha256"]:
             teachers[name] = teacher
         else:
-            log.warning("teacher %s at hand has other weights than the store's; its cosine is left out", name)
+            left_out.append(f"cosines of teacher {name}: the one at hand has other weights than the store's")
     return teachers
 
 

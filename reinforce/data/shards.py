@@ -5,6 +5,7 @@ Two things are stricter. A sample that cannot be used comes out all the same, wi
 and a tar that is not whole is an error.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -17,10 +18,11 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.data import tars
-from reinforce.errors import ConfigError, MissingExtra, SampleError
+from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
 CAPTIONS = ("txt", "json")
+_END = 1 << 14  # bytes at either end of a tar that its stamp looks at
 _META = re.compile(r"__[^/]*__(/|$)")
 
 T = TypeVar("T")
@@ -162,6 +164,24 @@ def read_parts(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str,
     for key, copies in _groups(tars.members(shard.url, wanted)):
         for parts in copies:
             yield key, parts
+
+
+def image_digest(image: bytes) -> int:
+    """The first 64 bits of SHA-256 over the bytes of an image as they lie in the tar, little-endian."""
+    return int.from_bytes(hashlib.sha256(image).digest()[:8], "little")
+
+
+def stamp(url: str) -> dict[str, int | str]:
+    """What tells one tar from another without reading it: its length in `bytes`, and `ends`, a hash of its first and
+    last 16 KiB. The same for every copy of the tar. Raises ShardError where it cannot be reached."""
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+        length = int(files.size(path))
+        first = files.cat_file(path, start=0, end=min(_END, length))
+        ends = first + files.cat_file(path, start=max(0, length - _END), end=length)
+    except OSError as error:
+        raise ShardError(f"{url}: cannot be read: {error}; check the path and your access to it") from error
+    return {"bytes": length, "ends": hashlib.sha256(ends).hexdigest()[:32]}
 
 
 def locate(path: str) -> list[Place]:

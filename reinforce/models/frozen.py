@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from reinforce.models.open_clip import get_tokenizer, open_clip
 from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
 
+_CONFIG = "open_clip_config.json"
 SCHEMAS = ("local-dir:", "hf-hub:")
 
 
@@ -34,6 +36,7 @@ class FrozenModel:
     ) -> None:
         """`random_seed`: initialise the architecture from it and read no weights. `preprocess`: a `mean` or `std` in
         place of the one that comes with the weights."""
+        self.name = config.model
         self.device = device
         self.precision = config.precision
         if config.precision == "auto":
@@ -95,6 +98,9 @@ class FrozenModel:
             "tokenizer": type(self.tokenizer).__name__,
             "vocab_size": self.tokenizer.vocab_size,
             "context_length": self.tokenizer.context_length,
+            "architecture": _hash(_model_cfg(self.name)),
+            "preprocessing": _hash({k: self.preprocess_cfg.get(k) for k in ("interpolation", "resize_mode")}),
+            "vocabulary": _hash(_vocabulary(self.tokenizer)),
         }
 
 
@@ -107,15 +113,36 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _model_cfg(name: str) -> Any:
+    """What open_clip builds: sizes, activation, heads; weights do not tell all of that."""
+    if name.startswith("hf-hub:"):
+        path = open_clip.pretrained.download_pretrained_from_hf(name.removeprefix("hf-hub:"), filename=_CONFIG)
+    elif name.startswith("local-dir:"):
+        path = f"{name.removeprefix('local-dir:')}/{_CONFIG}"
+    else:
+        return open_clip.get_model_config(name)
+    return json.loads(Path(path).read_text())["model_cfg"]
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    """Words with their ids, and merges in their order where the tokenizer is open_clip's own."""
+    words = tokenizer.encoder if hasattr(tokenizer, "encoder") else tokenizer.tokenizer.get_vocab()
+    return [sorted(words.items()), sorted(getattr(tokenizer, "bpe_ranks", {}).items())]
+
+
+def _hash(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _check(config: Model, random_seed: int | None) -> None:
     """What can be known to be wrong before anything is downloaded or built."""
     if config.model.startswith(SCHEMAS):
         if config.pretrained:
             raise ConfigError(f"{config.model} brings its own weights; remove pretrained={config.pretrained}")
         folder = config.model.removeprefix("local-dir:")
-        if config.model.startswith("local-dir:") and not Path(folder, "open_clip_config.json").is_file():
+        if config.model.startswith("local-dir:") and not Path(folder, _CONFIG).is_file():
             raise ConfigError(
-                f"no open_clip_config.json in {os.path.abspath(folder)}: not an open_clip model folder. Paths are "
+                f"no {_CONFIG} in {os.path.abspath(folder)}: not an open_clip model folder. Paths are "
                 "relative to where you run; the bundled models are in samples/ of a checkout of this project"
             )
         return

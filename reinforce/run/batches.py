@@ -23,6 +23,7 @@ class Rows:
     """What is known of every sample of a shard, good or not, in the tar's order."""
 
     keys: list[str] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)  # 0 where it is not good
     statuses: list[Status] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # height, width; 0, 0 where not decoded
 
@@ -50,8 +51,9 @@ def batches(shard: Shard, rows: Rows, batch_size: int, captioned: bool, pool: Ex
     batch = Batch()
     samples = shards.read(shard, captioned)
     while group := list(islice(samples, batch_size)):
-        for sample, (status, picture) in zip(group, pool.map(_decode, group), strict=True):
+        for sample, (status, digest, picture) in zip(group, pool.map(_decode, group), strict=True):
             rows.keys.append(sample.key)
+            rows.digests.append(digest)
             rows.statuses.append(status)
             rows.sizes.append((picture.height, picture.width) if picture else (0, 0))
             if picture:
@@ -96,10 +98,10 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
     return taken()
 
 
-def _decode(sample: Sample) -> tuple[Status, Image.Image | None]:
+def _decode(sample: Sample) -> tuple[Status, int, Image.Image | None]:
     if sample.status != Status.GOOD:
-        return sample.status, None
+        return sample.status, 0, None
     try:
-        return Status.GOOD, images.decode(sample.image)
+        return Status.GOOD, shards.image_digest(sample.image), images.decode(sample.image)
     except SampleError as error:
-        return Status(error.status), None
+        return Status(error.status), 0, None

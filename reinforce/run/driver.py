@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from reinforce import process
 from reinforce.config import Recipe, RunOptions
-from reinforce.data.shards import Shard, expand
-from reinforce.errors import ConfigError
+from reinforce.data.shards import Shard, expand, stamp
+from reinforce.errors import ConfigError, Corrupt, NotCommitted, ShardError
 from reinforce.progress import Progress
 from reinforce.run.on_ray import Crew
-from reinforce.run.reports import RunReport, ShardReport
-from reinforce.store.columns import CLASSES, class_columns, columns
+from reinforce.run.reports import Failure, RunReport, ShardReport
+from reinforce.store.columns import CLASSES, DIGEST, class_columns, columns
 from reinforce.store.store import Store
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     manifest = store.manifest()
     if manifest:
         manifest.check_recipe(recipe, store_url)
-    wanted = columns(recipe)
+    wanted = manifest.columns() if manifest else columns(recipe)
     with ThreadPoolExecutor(16) as pool:
         missing = list(pool.map(lambda shard: bool(store.missing(shard.name, wanted)), listed))
-    todo = [shard for shard, is_missing in zip(listed, missing, strict=True) if is_missing]
-    report = RunReport(store_url, len(listed), len(listed) - len(todo))
+        todo = [shard for shard, is_missing in zip(listed, missing, strict=True) if is_missing]
+        there = [shard for shard, is_missing in zip(listed, missing, strict=True) if not is_missing]
+        others = [why for why in pool.map(lambda shard: _other_tar(store, shard), there) if why]
+    report = RunReport(store_url, len(listed), len(there) - len(others), failed=others)
     if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
         if not os.environ.get("RAY_ADDRESS"):
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
@@ -53,9 +55,30 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
                 report.add(shard_report, attempts)
                 progress.add(report.phrase(progress.seconds))
         report.workers_lost = crew.num_lost if crew else 0
-    store.sweep({shard.name for shard in listed})
+    store.objects.sweep()
     report.seconds = time.monotonic() - start
     return report
+
+
+def _other_tar(store: Store, shard: Shard) -> Failure | None:
+    """Of a shard that is whole in the store: whether the tar is another one now. Only its length and its ends are
+    looked at; training compares every image that it decodes, and `verify --shards` all of them."""
+    try:
+        of_store = store.attributes(shard.name, DIGEST)["tar"]
+        of_tar = stamp(shard.url)
+    except NotCommitted:  # format 1
+        return None
+    except (ShardError, Corrupt) as error:
+        return Failure(shard.name, 0, str(error))
+    if of_store == of_tar:
+        return None
+    return Failure(
+        shard.name,
+        0,
+        f"{shard.url} is not the tar that group {shard.name} was made from: it has {of_tar['bytes']} bytes and that "
+        f"one had {of_store['bytes']}, or its ends differ; use another STORE, or reinforce this one in its place with "
+        "`clip-reinforce redo`",
+    )
 
 
 def _here(todo: list[Shard], store_url: str, recipe: Recipe, options: RunOptions) -> Iterator[tuple[ShardReport, int]]:

@@ -15,17 +15,17 @@ import torch
 
 from reinforce import process
 from reinforce.config import ORIGINAL, Recipe, RunOptions
-from reinforce.data import augment
+from reinforce.data import augment, shards
 from reinforce.data.shards import Shard, Status
-from reinforce.errors import ShardError
+from reinforce.errors import ManifestMismatch, ShardError
 from reinforce.models.captioner import Captioner
 from reinforce.models.device import card, pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
-from reinforce.store.columns import CLASSES, KEY, SIZE, STATUS, Column, class_columns, columns
+from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, STATUS, Column, class_columns
 from reinforce.store.manifest import Manifest
-from reinforce.store.store import Store
+from reinforce.store.store import Store, identity
 
 
 class Worker:
@@ -54,6 +54,7 @@ class Worker:
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
         }
         self.store.promise(Manifest.of(recipe, described, card(device)))
+        self.columns = self.store.promised().columns()
         self._models = threading.Lock()
         for column in self.store.missing(CLASSES, class_columns(recipe)):
             self._commit_classes(column)
@@ -64,6 +65,7 @@ class Worker:
         Of a tar that is broken, the report says what is wrong. Raises OSError where another try may succeed.
         """
         start = time.monotonic()
+        stamp = shards.stamp(shard.url)
         work = _ShardWork(self, shard)
         captioned = self.recipe.num_original_captions > 0
         with ThreadPoolExecutor(self.threads) as pool:
@@ -76,9 +78,14 @@ class Worker:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try
                 return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
+            except ManifestMismatch as error:
+                return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
         refusal = work.refusal()
-        if not refusal:
-            work.commit()
+        try:
+            if not refusal and not work.commit(stamp):
+                return self.reinforce(shard)  # another writer's captions were first: embed those
+        except ManifestMismatch as error:
+            refusal = str(error)
         quarantined = Counter(status.reason for status in work.rows.statuses if status != Status.GOOD)
         return ShardReport(
             shard.name,
@@ -112,17 +119,22 @@ class _ShardWork:
 
     def __init__(self, worker: Worker, shard: Shard) -> None:
         self.worker, self.recipe, self.store, self.shard = worker, worker.recipe, worker.store, shard
-        self.wanted = self.store.missing(shard.name, columns(worker.recipe))
+        self.wanted = self.store.missing(shard.name, worker.columns)
+        self.committed = set(worker.columns) - set(self.wanted)
         self.rows = Rows()
         self.good: list[int] = []
         self.answers: dict[Column, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
-        self.stored_captions: dict[str, np.ndarray] = {}
+        self._read: dict[Column, np.ndarray] = {}
         self.empty_captions = 0
 
     def answer(self, batch: Batch, pool: Executor) -> None:
         """Ask the models for all that is missing about one batch."""
         self.good += batch.rows
-        self._texts(ORIGINAL, self._original_captions(batch))
+        originals = self._original_captions(batch)
+        captions = Column("text", ORIGINAL, "caption")
+        if captions in self.committed and self._stored(captions)[:, batch.rows].tolist() != originals:
+            raise self._other_tar("its captions differ")
+        self._texts(ORIGINAL, originals)
         for name in self.recipe.captioners:
             if any(column.kind == "text" and column.set == name for column in self.wanted):
                 self._texts(name, self._captions(name, batch, pool))
@@ -131,29 +143,55 @@ class _ShardWork:
 
     def refusal(self) -> str:
         """Why this shard cannot be committed, or nothing."""
-        name, keys = self.shard.name, self.rows.keys
+        keys = self.rows.keys
         num_read, num_bad = len(keys), len(keys) - len(self.good)
         if num_bad > self.worker.options.max_invalid * num_read:
             return (
                 f"{num_bad} of {num_read} samples are invalid, more than max_invalid="
                 f"{self.worker.options.max_invalid:g} allows; repair {self.shard.url} or raise --max-invalid"
             )
-        if KEY not in self.wanted and self.store.read(name, KEY).tolist() != keys:
-            return (
-                f"{self.shard.url} is not the tar that group {name} was made from: its keys differ; use another STORE"
-            )
         return ""
 
-    def commit(self) -> None:
-        """Write the wanted columns. Rows in quarantine hold NaN, 0 or an empty text."""
-        known = {
-            KEY: np.array(self.rows.keys, dtype=object),
-            STATUS: np.array(self.rows.statuses, dtype=np.uint8),
-            SIZE: np.array(self.rows.sizes, dtype=np.int32).reshape(-1, 2),
-        }
+    def commit(self, stamp: dict[str, int | str]) -> bool:
+        """Write the wanted columns. Rows in quarantine hold NaN, 0 or an empty text.
+
+        Gives False where another writer has committed other captions meanwhile, so that their embeddings are not ours.
+        Raises ManifestMismatch where the columns that are there are of another tar.
+        """
+        for column in IDENTITY:
+            if column in self.committed and not np.array_equal(self._stored(column), self._known(column)):
+                raise self._other_tar("its keys differ" if column == KEY else "its images differ")
+        data = identity(self.rows.keys, self._known(DIGEST))
         for column in self.wanted:
-            array = known[column] if column in known else self._whole(column)
-            self.store.commit(self.shard.name, column, array)
+            known = column.kind == "sample"
+            array = self._known(column) if known else self._whole(column)
+            more = {"tar": stamp} if column == DIGEST else {}
+            if not self.store.commit(self.shard.name, column, array, data, **more):
+                if known:
+                    raise self._other_tar("another run has just reinforced another tar of that name")
+                if column.part == "caption":
+                    return False
+        return True
+
+    def _known(self, column: Column) -> np.ndarray:
+        if column == KEY:
+            return np.array(self.rows.keys, dtype=object)
+        if column == DIGEST:
+            return np.array(self.rows.digests, dtype=np.uint64)
+        if column == STATUS:
+            return np.array(self.rows.statuses, dtype=np.uint8)
+        return np.array(self.rows.sizes, dtype=np.int32).reshape(-1, 2)
+
+    def _stored(self, column: Column) -> np.ndarray:
+        """A column that was committed before, read once."""
+        if column not in self._read:
+            self._read[column] = self.store.read(self.shard.name, column)
+        return self._read[column]
+
+    def _other_tar(self, why: str) -> ManifestMismatch:
+        return ManifestMismatch(
+            f"{self.shard.url} is not the tar that group {self.shard.name} was made from: {why}; use another STORE"
+        )
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -165,10 +203,8 @@ class _ShardWork:
     def _captions(self, name: str, batch: Batch, pool: Executor) -> list[list[str]]:
         """C lists of n captions, drawn now or, where a run before committed them, read back."""
         column = Column("text", name, "caption")
-        if column not in self.wanted:
-            if name not in self.stored_captions:
-                self.stored_captions[name] = self.store.read(self.shard.name, column)
-            return [list(row) for row in self.stored_captions[name][:, batch.rows]]
+        if column in self.committed:
+            return [list(row) for row in self._stored(column)[:, batch.rows]]
         captioner = self.worker.captioners[name]
         inputs = torch.stack(list(pool.map(captioner.preprocess, batch.pictures)))
         captions = captioner.caption(inputs, self.recipe.seed, name, [sample.key for sample in batch.samples])
@@ -198,6 +234,10 @@ class _ShardWork:
         if not sides and augment_column not in self.answers:
             return
         for view in ahead(views(batch, view_set, name, self.recipe.seed, sides, pool), 2):
+            if augment_column in self.committed and not np.array_equal(
+                self._stored(augment_column)[view.index, batch.rows], view.params
+            ):
+                raise self._other_tar("its views have other parameters now: its images have other sizes")
             self._add(augment_column, view.index, view.params)
             if pixels_column in self.answers:
                 hashes = pool.map(augment.pixel_hash, view.pixels[view_set.view_px])

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from reinforce.config import RESERVED, Recipe
 
+FORMAT_VERSION = 2
 CLASSES = "__classes__"  # the group of class texts; no shard can be called so
 
 
@@ -60,14 +61,15 @@ class Column:
         return recipe.view_sets[self.set].num_views if self.kind == "view" else recipe.text_sets[self.set]
 
 
-KEY, STATUS, SIZE = (Column("sample", "", part) for part in ("key", "status", "size"))
+KEY, DIGEST, STATUS, SIZE = (Column("sample", "", part) for part in ("key", "digest", "status", "size"))
+IDENTITY = (KEY, DIGEST)  # of the data: what a shard's other columns belong to
 
 
-def columns(recipe: Recipe) -> list[Column]:
-    """The columns of every shard's group, in the order in which they are committed."""
+def columns(recipe: Recipe, format_version: int = FORMAT_VERSION) -> list[Column]:
+    """The columns of every shard's group, in the order in which they are committed. Format 1 had no digests."""
     views, texts, teachers = recipe.view_sets, recipe.text_sets, recipe.teachers
     return [
-        *(KEY, STATUS, SIZE),
+        *(KEY, *([DIGEST] if format_version > 1 else []), STATUS, SIZE),
         *(Column("text", name, "caption") for name in texts),
         *(Column("view", name, part) for name in views for part in ("augment", "pixels")),
         *(Column("text", name, teacher) for name in texts for teacher in teachers),

@@ -12,8 +12,9 @@ from typing import Any, Self
 from reinforce.config import Recipe, parse
 from reinforce.data import augment
 from reinforce.errors import ManifestMismatch, StoreError
+from reinforce.store.columns import FORMAT_VERSION, Column, class_columns, columns
 
-FORMAT_VERSION = 1
+LATER = ("architecture", "preprocessing", "vocabulary")  # what format 1 did not say of a model
 _SOFTWARE = ("torch", "open_clip_torch", "pillow", "numpy", "zarr", "numcodecs")
 
 
@@ -41,11 +42,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, tree: Any, where: str) -> Self:
-        """Raises StoreError if this version of the project cannot read it."""
-        if not isinstance(tree, dict) or tree.get("format_version") != FORMAT_VERSION:
-            found = tree.get("format_version") if isinstance(tree, dict) else None
-            raise StoreError(f"{where}: format version {found}; this program reads version {FORMAT_VERSION}")
-        return cls(**{k: v for k, v in tree.items() if k != "fingerprint"})
+        """Raises StoreError if this version of the project cannot read it, or it is not as it was written."""
+        version = tree.get("format_version") if isinstance(tree, dict) else None
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise StoreError(f"{where}: format version {version}; this program reads versions 1 to {FORMAT_VERSION}")
+        try:
+            manifest = cls(**{k: v for k, v in tree.items() if k != "fingerprint"})
+            if manifest.fingerprint == tree["fingerprint"]:
+                return manifest
+        except (TypeError, KeyError, AttributeError):
+            pass
+        raise StoreError(f"{where}: the manifest in its zarr.json is not as it was written; restore that file")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"fingerprint": self.fingerprint}
@@ -56,6 +63,33 @@ class Manifest:
         promise = json.dumps([self.format_version, _unlabelled(self.recipe), self.models], sort_keys=True)
         return hashlib.sha256(promise.encode()).hexdigest()
 
+    def columns(self) -> list[Column]:
+        """Those of every shard's group, in the order in which they are committed."""
+        return columns(self.parsed_recipe(), self.format_version)
+
+    def class_columns(self) -> list[Column]:
+        return class_columns(self.parsed_recipe())
+
+    def promise(self, column: Column) -> str:
+        """A hash of all that decides what is in a column, and of nothing else: a store that grows by a teacher keeps
+        its promises about the others. (The tar, too, decides: `Store.commit` takes its identity.)"""
+        recipe, models = self.recipe, self.models
+        parts: list[Any] = [self.format_version, str(column), bool(recipe.get("num_original_captions", 1))]
+        if column.kind == "view":
+            parts += [recipe["seed"], recipe["view_sets"][column.set]]
+        elif column.kind == "class":
+            parts += [recipe["class_sets"][column.set]]
+        elif column.set in recipe["captioners"]:
+            drawn = {k: v for k, v in recipe["captioners"][column.set].items() if k not in ("model", "pretrained")}
+            parts += [recipe["seed"], drawn, models["captioners"][column.set]]
+        elif column.kind == "text":
+            parts += [recipe.get("num_original_captions", 1)]
+        if column.teacher:
+            parts += [models["teachers"][column.teacher]]
+        if column.teacher or column.set in recipe["captioners"]:
+            parts += [recipe.get(name) for name in ("batch_size", "cpu_threads", "weights")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
     def parsed_recipe(self) -> Recipe:
         return parse(Recipe, self.recipe, "the recipe in the store's manifest")
 
@@ -64,10 +98,14 @@ class Manifest:
         _compare({"recipe": self.recipe}, {"recipe": recipe.model_dump(mode="json")}, where)
 
     def check(self, asked: "Manifest", where: str) -> None:
-        """The same, models included."""
-        _compare(
-            {"recipe": self.recipe, "models": self.models}, {"recipe": asked.recipe, "models": asked.models}, where
-        )
+        """The same, models included; format 1 said less of a model, and only that much is compared."""
+        models = asked.models
+        if self.format_version == 1:
+            models = {
+                kind: {name: {k: v for k, v in says.items() if k not in LATER} for name, says in of_kind.items()}
+                for kind, of_kind in models.items()
+            }
+        _compare({"recipe": self.recipe, "models": self.models}, {"recipe": asked.recipe, "models": models}, where)
 
 
 def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from reinforce.data import augment, shards
 from reinforce.data.shards import Place, Status
 from reinforce.data.views import replayed
 from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, ReplayError
-from reinforce.store.columns import columns
 from reinforce.store.store import Store
 
 _NAMED = 8  # names that an error lists, of possibly many
@@ -81,6 +80,10 @@ class ShardReader:
         return [str(key) for key in self.array("key")]
 
     @cached_property
+    def _data(self) -> str | None:
+        return self._store.identity(self.name)
+
+    @cached_property
     def status(self) -> np.ndarray:
         """(N,) uint8: 0 is good; otherwise why the sample is in quarantine (reinforce.data.shards.Status)."""
         return self.array("status")
@@ -108,7 +111,7 @@ class ShardReader:
             shape = self._store.open_array(self.name, column).shape
             if len(shape) < 2 or not 0 <= index < shape[0]:
                 raise ConfigError(f"{self._where}/{column}: no index {index} in an array of shape {shape}")
-        return self._store.read(self.name, column, index)
+        return self._store.read(self.name, column, index, None if column in ("key", "digest") else self._data)
 
     def view(self, view_set: str, row: int, index: int) -> View:
         """View `index` of a good sample. Reads that view of the whole shard once and keeps it for the next rows.
@@ -147,7 +150,7 @@ class ShardReader:
 
     @property
     def _wanted(self) -> list[str]:
-        return [str(column) for column in columns(self._recipe)]
+        return [str(column) for column in self._store.promised().columns()]
 
     @property
     def _where(self) -> str:

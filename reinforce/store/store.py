@@ -1,42 +1,39 @@
-"""The only file that knows Zarr: one group per shard, columns that are there whole or not at all.
+"""A store: one Zarr group per shard, columns that are there whole or not at all, and never change.
 
-A column exists exactly when its `zarr.json` exists, and that is the last object written: the array is made in memory,
-its chunks are put first (synced to disk on a local store) and its metadata last, each object in one atomic step. There
-is no other record of progress.
+A column exists exactly when its `zarr.json` exists, and that is the last object written. There is no other record of
+progress. No object is ever written over another (objects.py), so what is committed stays: of two writers the first one
+wins, and the other's column is the first one's.
 
-Zarr reads a chunk that is not there as fill values, without a word. So all chunks are written, empty ones too, and
-here a missing or empty chunk is an error.
+A column knows whose it is. Its attributes name shard and column, `promise`, the hash of all settings and models that
+decide it, `data`, the identity of the tar's samples, and a record of its chunks (arrays.py); a checksum guards them
+all. Every read compares them. Format 1 had none of that, and is read without.
 """
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable
-from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 import zarr
-from fsspec.implementations.local import LocalFileSystem
 from zarr.abc.store import Store as ZarrStore
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore
 
-import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
-from reinforce import process
-from reinforce.errors import ConfigError, Corrupt, NotCommitted, StoreError
-from reinforce.store.columns import CLASSES, Column
+from reinforce.errors import Corrupt, NotCommitted, StoreError
+from reinforce.store import arrays
+from reinforce.store.arrays import METADATA, Recorded
+from reinforce.store.columns import IDENTITY, Column
 from reinforce.store.manifest import Manifest
-
-CHUNK_ROWS = 16384  # rows of one view in one object: 12.5 k rows of 768 bfloat16, a DataCompDR shard, are 19 MB
-_PARTIAL = ".partial"  # where objects of a local store wait until they are whole
+from reinforce.store.objects import Objects
 
 C = TypeVar("C", Column, str)
 
-process.blosc_in_one_thread()
+
+def _group_json(attributes: dict[str, Any]) -> bytes:
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=2).encode()
+
+
+GROUP = _group_json({})
 
 
 class Store:
@@ -44,29 +41,22 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError for an empty address."""
-        if not url.strip():
-            raise ConfigError("the address of the store is empty; name a local path or an fsspec URL")
         self.url = url
-        # Listings are never cached: another process may have written since.
-        self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        self._local = isinstance(self._fs, LocalFileSystem)
+        self.objects = Objects(url)
+        self._manifest: Manifest | None = None
 
     # -- manifest ------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """The store's manifest, or None where there is no store yet. Raises StoreError if it is not one of ours."""
-        try:
-            root = json.loads(self._fs.cat_file(f"{self._root}/zarr.json"))
-            tree = root.get("attributes", {}).get("reinforce")
-        except FileNotFoundError:
-            return None
-        except NotADirectoryError:
-            raise StoreError(f"{self.url} is a file, and a store is a folder; give another STORE") from None
-        except (ValueError, AttributeError) as error:
-            raise StoreError(f"{self.url}/zarr.json is damaged: {error}; restore it, or give another STORE") from error
-        if tree is None:
-            raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
-        return Manifest.from_json(tree, self.url)
+        """The store's manifest, or None where there is no store yet. Raises StoreError if it is not one of ours, or is
+        not as it was written, or has been lost."""
+        manifest = self._read_manifest()
+        if manifest is None and (shards := self.shards()):
+            raise StoreError(
+                f"{self.url} holds '{shards[0]}' and no {METADATA}: its manifest is lost, or it is no store; restore "
+                "that file, or give another STORE"
+            )
+        return manifest
 
     def promised(self) -> Manifest:
         """The manifest of a store that must exist. Raises StoreError."""
@@ -78,199 +68,221 @@ class Store:
     def promise(self, manifest: Manifest) -> None:
         """Write the manifest of a new store, or raise ManifestMismatch if the store promises something else."""
         if self.manifest() is None:
-            self._put("zarr.json", _group_json({"reinforce": manifest.to_json()}), create=True)
-        stored = self.manifest()
-        if stored is None:
-            raise StoreError(f"{self.url}: the manifest was written and cannot be read back")
-        stored.check(manifest, self.url)
+            root = json.loads(_group_json({"reinforce": manifest.to_json()}))
+            root["attributes"]["checksum"] = _checksum(root)
+            self.objects.create(METADATA, json.dumps(root, indent=2).encode())
+        self.promised().check(manifest, self.url)
+
+    def _read_manifest(self) -> Manifest | None:
+        """It is written once, so it is read once."""
+        if self._manifest:
+            return self._manifest
+        try:
+            root = json.loads(self.objects.get(METADATA))
+            attributes = root.get("attributes", {})
+            tree = attributes.get("reinforce")
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError) as error:
+            raise StoreError(f"{self.url}/zarr.json is damaged: {error}; restore it, or give another STORE") from error
+        if tree is None:
+            raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
+        manifest = Manifest.from_json(tree, self.url)
+        if manifest.format_version > 1 and attributes.get("checksum") != _checksum(root):
+            raise StoreError(f"{self.url}/{METADATA} is not as it was written; restore it, or give another STORE")
+        self._manifest = manifest
+        return manifest
 
     # -- columns -------------------------------------------------------------------------------------------------
 
     def shards(self) -> list[str]:
-        """Names of the shards' groups that hold anything, sorted."""
-        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in self._ls(self._root))
-        return sorted(name for name in names if name not in ("zarr.json", _PARTIAL, CLASSES))
+        """Names of the shards' groups, sorted."""
+        return [name for name in self.objects.folders() if not name.startswith((".", "__"))]
 
     def has(self, shard: str, column: Column | str) -> bool:
-        return bool(self._fs.exists(f"{self._root}/{shard}/{column}/zarr.json"))
+        return self.objects.exists(f"{shard}/{column}/{METADATA}")
 
     def missing(self, shard: str, columns: Iterable[C]) -> list[C]:
-        """Those of `columns` that are not committed."""
-        return [column for column in columns if not self.has(shard, column)]
+        """Those of `columns` that are not committed. One listing of the shard's group, where it is not a local one."""
+        if self.objects.local:
+            return [column for column in columns if not self.has(shard, column)]
+        there = set(self.objects.tree(shard))
+        return [column for column in columns if f"{column}/{METADATA}" not in there]
 
-    def commit(self, shard: str, column: Column | str, array: np.ndarray) -> None:
-        """Write one column of a shard, or of the group CLASSES. To commit it twice, even at the same time, is harmless.
+    def commit(self, shard: str, column: Column | str, array: np.ndarray, data: str = "", **more: Any) -> bool:
+        """Write one column of a shard, or of the group CLASSES. `data`: the identity of the tar's samples; `more`:
+        attributes besides those that every column has.
 
-        A chunk holds one view (or caption) of up to CHUNK_ROWS rows; `Column` says what has which axes.
+        Gives False where another writer was first and what is stored now has other bytes; they stay as they are.
         """
-        objects = _encode(array, Column.at(str(column)).row_axis)
-        metadata = objects.pop("zarr.json")
-        self._put_groups(shard, column)
-        prefix = f"{shard}/{column}"
-        for stray in set(self.objects(shard, column)) - set(objects):
-            self._fs.rm_file(f"{self._root}/{prefix}/{stray}")
-        for name, data in objects.items():
-            self._put(f"{prefix}/{name}", data)
+        column = Column.at(str(column))
+        folder = f"{shard}/{column}"
+        objects = arrays.encode(array, column.row_axis)
+        metadata = json.loads(objects.pop(METADATA))
+        self._create_groups(folder)
+        for stray in set(self.chunk_objects(shard, column)) - set(objects):
+            self.objects.remove(f"{folder}/{stray}")  # of format 1, which had an object for each chunk
+        ours = True
+        attributes = self._binding(shard, column) | {"data": data, "rows": array.shape[column.row_axis]} | more
+        for name, chunks in objects.items():
+            stored = self._create_whole(f"{folder}/{name}", chunks, metadata)
+            ours = stored == chunks
+            attributes |= {"num_chunks": 1, **arrays.record(stored, metadata)}
         if objects:
-            self._sync_folder(prefix)
-        self._put(f"{prefix}/zarr.json", metadata)
-        self._sync_folder(prefix)
+            self.objects.sync(folder)
+        metadata["attributes"] = attributes
+        metadata["attributes"]["checksum"] = _checksum(metadata)
+        written = json.dumps(metadata, indent=2).encode()
+        if not self.objects.create(f"{folder}/{METADATA}", written):
+            ours = ours and self.objects.get(f"{folder}/{METADATA}") == written
+        self.objects.sync(folder)
+        return ours
 
-    def read(self, shard: str, column: Column | str, index: int | None = None) -> np.ndarray:
-        """A column, or item `index` of its outermost axis, which touches that item's chunks only.
+    def read(self, shard: str, column: Column | str, index: int | None = None, data: str | None = None) -> np.ndarray:
+        """A column, or item `index` of its outermost axis, which touches that item's chunks only. `data`: the identity
+        that it must have; None: any.
 
-        Raises NotCommitted if it is not there, Corrupt if an object of it is missing, empty or altered.
+        Raises NotCommitted if it is not there, Corrupt if an object of it is missing, empty, altered, or of another
+        column, shard or store, or if it is not of `data`.
         """
         array = self.open_array(shard, column)
+        if data is not None and array.attrs.get("data") != data:
+            raise Corrupt(
+                f"{self.url}: {shard}/{column} belongs to other images than the keys and digests of its shard; verify "
+                "the store"
+            )
         try:
             return np.asarray(array[...] if index is None else array[index])
-        except Corrupt:
-            raise
+        except Corrupt as error:
+            raise Corrupt(f"{self.url}: {shard}/{column}: {error}") from None
         except (ValueError, RuntimeError, OSError) as error:  # what codecs raise on altered bytes
             raise Corrupt(f"{self.url}: {shard}/{column} cannot be decoded: {error}; verify the store") from error
 
+    def identity(self, shard: str) -> str | None:
+        """Of the data that a shard's columns belong to, by its keys and digests; None in format 1, which has neither
+        digests nor columns that know. Raises NotCommitted, Corrupt."""
+        if self.promised().format_version == 1:
+            return None
+        keys, digests = (self.read(shard, column) for column in IDENTITY)
+        return identity(keys.tolist(), digests)
+
+    def attributes(self, shard: str, column: Column | str) -> dict[str, Any]:
+        """What a committed column says of itself: `rows`, `data`, `sha256`, .. Raises NotCommitted, Corrupt."""
+        attributes: dict[str, Any] = self._metadata(shard, column)[1]["attributes"]
+        return attributes
+
     def open_array(self, shard: str, column: Column | str) -> Any:
-        """The zarr.Array of a column, read-only, for which a missing chunk is an error."""
+        """The zarr.Array of a column, read-only, for which bytes that were not committed are an error."""
+        written, metadata = self._metadata(shard, column)
+        path = f"{shard}/{column}"
         try:
-            return zarr.open_array(self._zarr(), path=f"{shard}/{column}", mode="r", zarr_format=3)
+            recorded = Recorded(self._zarr(), path, written, metadata["attributes"])
+            return zarr.open_array(recorded, path=path, mode="r", zarr_format=3)
+        except (ValueError, TypeError, KeyError) as error:  # what Zarr raises on metadata that are not an array's
+            raise Corrupt(f"{self.url}: {path}/{METADATA} is no array's: {error}; verify the store") from error
+
+    def check(self, shard: str, column: Column | str) -> None:
+        """Raises Corrupt if the objects of a committed column are not those that were written."""
+        attributes = self.attributes(shard, column)
+        names = self.chunk_objects(shard, column)
+        num = attributes.get("num_chunks", 0)
+        if len(names) != num:
+            raise Corrupt(f"{shard}/{column}: {len(names)} chunk objects, committed were {num}")
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(self.objects.get(f"{shard}/{column}/{name}"))
+        if names and digest.hexdigest() != attributes.get("sha256"):
+            raise Corrupt(f"{shard}/{column}: the bytes of its chunks are not those that were committed")
+
+    def chunk_objects(self, shard: str, column: Column | str) -> list[str]:
+        """Names of the objects with the chunks of a column, committed or not."""
+        return [name for name in self.objects.files(f"{shard}/{column}") if name != METADATA]
+
+    def stored_bytes(self, shard: str, column: Column | str) -> int:
+        """Size of a column's chunks as stored."""
+        return sum(self.objects.size(f"{shard}/{column}/{name}") for name in self.chunk_objects(shard, column))
+
+    def remove(self, shard: str, column: Column | str) -> None:
+        """Take a column out: its metadata first, so that at no moment there is half of it."""
+        self.objects.remove(f"{shard}/{column}/{METADATA}")
+        for name in self.chunk_objects(shard, column):
+            self.objects.remove(f"{shard}/{column}/{name}")
+
+    # -- objects -------------------------------------------------------------------------------------------------
+
+    def _binding(self, shard: str, column: Column) -> dict[str, Any]:
+        """What a column of this store says of whose it is."""
+        manifest = self._read_manifest()
+        return {"shard": shard, "column": str(column), "promise": manifest.promise(column) if manifest else ""}
+
+    def _metadata(self, shard: str, column: Column | str) -> tuple[bytes, dict[str, Any]]:
+        """The `zarr.json` of a column as it is written, and read; that it is this column's has been checked."""
+        path = f"{shard}/{column}"
+        try:
+            written = self.objects.get(f"{path}/{METADATA}")
         except FileNotFoundError:
             raise NotCommitted(
                 f"{self.url} has no column {column} for shard {shard}; reinforce that shard first"
             ) from None
+        try:
+            metadata = json.loads(written)
+            attributes = metadata["attributes"]
+            sound = metadata["node_type"] == "array" and isinstance(attributes, dict)
+        except (ValueError, KeyError, TypeError) as error:
+            raise Corrupt(f"{self.url}: {path}/{METADATA} is damaged: {error}; verify the store") from None
+        manifest = self._read_manifest()
+        if manifest and manifest.format_version == 1 and "checksum" not in attributes:
+            return written, metadata  # it says less of itself
+        if not sound or attributes.get("checksum") != _checksum(metadata):
+            raise Corrupt(f"{self.url}: {path}/{METADATA} is not as it was written; verify the store")
+        for what, expected in self._binding(shard, Column.at(str(column))).items():
+            if attributes[what] != expected:
+                raise Corrupt(
+                    f"{self.url}: {path} is another's: its {what} is {attributes[what]}, and should be {expected}; "
+                    "verify the store"
+                )
+        return written, metadata
 
-    def objects(self, shard: str, column: Column | str) -> list[str]:
-        """Names of the chunk objects of a column, committed or not."""
-        names = (path.rsplit("/", 1)[-1] for path in self._ls(f"{self._root}/{shard}/{column}"))
-        return sorted(name for name in names if name != "zarr.json")
-
-    def check(self, shard: str, column: Column | str) -> None:
-        """Raises Corrupt if the objects of a committed column are not those that were written."""
-        attributes = dict(self.open_array(shard, column).attrs)
-        names = self.objects(shard, column)
-        if len(names) != attributes["num_chunks"]:
-            raise Corrupt(f"{shard}/{column}: {len(names)} chunks, committed were {attributes['num_chunks']}")
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(self._fs.cat_file(f"{self._root}/{shard}/{column}/{name}"))
-        if digest.hexdigest() != attributes["sha256"]:
-            raise Corrupt(f"{shard}/{column}: the bytes of its chunks are not those that were committed")
-
-    def stored_bytes(self, shard: str, column: Column | str) -> int:
-        """Size of a column's chunks as stored."""
-        return sum(self._fs.size(f"{self._root}/{shard}/{column}/{name}") for name in self.objects(shard, column))
-
-    def sweep(self, shards: set[str]) -> None:
-        """Remove what writers of these shards that were killed in mid-write have left. Call when no writer is alive."""
-        if not self._local:
-            return  # an object store shows an object when it is whole, or not at all
-        folder = f"{self._root}/{_PARTIAL}"
-        for path in self._ls(folder):
-            if path.rsplit("/", 1)[-1].partition("~")[0] in shards | {"", CLASSES}:
-                self._fs.rm_file(path)
-        if self._fs.isdir(folder) and not self._ls(folder):
-            self._fs.rmdir(folder)
-
-    # -- objects -------------------------------------------------------------------------------------------------
+    def _create_whole(self, path: str, chunks: bytes, metadata: dict[str, Any]) -> bytes:
+        """Put the object with a column's chunks; gives what lies there then, ours or that of a writer before us."""
+        while not self.objects.create(path, chunks):
+            try:
+                stored = self.objects.get(path)
+                if stored != chunks:
+                    arrays.record(stored, metadata)
+                return stored
+            except FileNotFoundError:
+                pass  # removed meanwhile: put it again
+            except Corrupt:
+                self.objects.remove(path)
+        return chunks
 
     def _zarr(self) -> ZarrStore:
-        if self._local:
-            return _Strict(LocalStore(self._root, read_only=True))
-        return _Strict(FsspecStore.from_url(self.url, read_only=True, storage_options={"use_listings_cache": False}))
+        if self.objects.local:
+            return LocalStore(self.objects.root, read_only=True)
+        return FsspecStore.from_url(self.url, read_only=True, storage_options={"use_listings_cache": False})
 
-    def _put_groups(self, shard: str, column: Column | str) -> None:
-        """Group metadata from the shard down to the column's parent, so that the tree can be walked in plain Zarr."""
-        steps = f"{shard}/{column}".split("/")
-        for depth in range(1, len(steps)):
-            path = "/".join(steps[:depth]) + "/zarr.json"
-            if not self._fs.exists(f"{self._root}/{path}"):
-                self._put(path, _group_json({}))
-
-    def _put(self, path: str, data: bytes, create: bool = False) -> None:
-        """Put one object, whole or not at all. `create`: leave one that is there already as it is."""
-        target = f"{self._root}/{path}"
-        if not self._local:
-            if not (create and self._fs.exists(target)):
-                self._fs.pipe_file(target, data)
-            return
-        shard = path.rpartition("/")[0].partition("/")[0]
-        partial = f"{self._root}/{_PARTIAL}/{shard}~{uuid.uuid4().hex}"
-        os.makedirs(os.path.dirname(partial), exist_ok=True)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            if create:
-                os.link(partial, target)
-                os.unlink(partial)
-            else:
-                os.replace(partial, target)
-        except FileExistsError:
-            os.unlink(partial)
-
-    def _sync_folder(self, path: str) -> None:
-        """Make the names in a local folder, and the folders above it, survive a power cut."""
-        for folder in [path, *map(str, PurePosixPath(path).parents)] if self._local else []:
-            descriptor = os.open(f"{self._root}/{folder}", os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def _ls(self, path: str) -> list[str]:
-        try:
-            return list(self._fs.ls(path, detail=False))
-        except FileNotFoundError:
-            return []
+    def _create_groups(self, folder: str) -> None:
+        for path in group_objects(folder):
+            if not self.objects.exists(path):
+                self.objects.create(path, GROUP)
 
 
-class _Strict(WrapperStore[ZarrStore]):
-    """A zarr store in which a chunk that is missing or empty is an error and not fill values."""
-
-    async def get(self, key: str, *args: Any, **kwargs: Any) -> Buffer | None:
-        value = await self._store.get(key, *args, **kwargs)
-        if not key.endswith(".json") and (value is None or len(value) == 0):
-            raise Corrupt(f"chunk {key} is {'missing' if value is None else 'empty'}; verify the store")
-        return value
+def group_objects(folder: str) -> list[str]:
+    """Zarr's metadata of the groups from the shard down to a column's parent: with them the tree can be walked. Each
+    holds GROUP."""
+    steps = folder.split("/")
+    return ["/".join([*steps[:depth], METADATA]) for depth in range(1, len(steps))]
 
 
-def _chunk_shape(shape: tuple[int, ...], row_axis: int) -> tuple[int, ...]:
-    chunk = [min(length, CHUNK_ROWS) if axis == row_axis else length for axis, length in enumerate(shape)]
-    if row_axis == 1:
-        chunk[0] = 1
-    return tuple(max(1, length) for length in chunk)
+def identity(keys: Iterable[str], digests: np.ndarray) -> str:
+    """Of the data that a shard's columns belong to: a hash of its N keys and of the N digests of its images."""
+    digest = hashlib.sha256("\0".join(keys).encode())
+    digest.update(digests.astype("<u8").tobytes())
+    return digest.hexdigest()[:32]
 
 
-def _encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
-    """The objects of a Zarr v3 array: chunks `c.0.0.0` and `zarr.json`, always the same for the same array."""
-    is_text = array.dtype.kind in "UTO"
-    compressor = ZstdCodec(level=3) if is_text else BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
-    memory = MemoryStore()
-    made = zarr.create_array(
-        memory,
-        shape=array.shape,
-        dtype="string" if is_text else array.dtype,
-        chunks=_chunk_shape(array.shape, row_axis),
-        fill_value="" if is_text else _loud(array.dtype),
-        filters=None,
-        compressors=[compressor, Crc32cCodec()],
-        chunk_key_encoding={"name": "default", "separator": "."},
-        config={"write_empty_chunks": True},
-    )
-    if array.size:
-        made[...] = array
-    contents = memory._store_dict
-    names = sorted(name for name in contents if name != "zarr.json")
-    digest = hashlib.sha256(b"".join(contents[name].to_bytes() for name in names)).hexdigest()
-    made.update_attributes({"rows": array.shape[row_axis], "num_chunks": len(names), "sha256": digest})
-    return {name: contents[name].to_bytes() for name in [*names, "zarr.json"]}
-
-
-def _loud(dtype: np.dtype[Any]) -> Any:
-    """What a plain Zarr reader sees in place of a lost chunk: NaN, where the data type has one."""
-    return dtype.type(0) if dtype.kind in "iu" else dtype.type("nan")
-
-
-def _group_json(attributes: dict[str, Any]) -> bytes:
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=2).encode()
+def _checksum(metadata: dict[str, Any]) -> str:
+    """Of a column's metadata, itself left out."""
+    attributes = {k: v for k, v in metadata["attributes"].items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(metadata | {"attributes": attributes}, sort_keys=True).encode()).hexdigest()[:32]

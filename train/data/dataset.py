@@ -151,7 +151,8 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
 
     def _pixels(self, shard: Opened, row: int) -> np.ndarray:
         height, width = shard.sizes[row].tolist()
-        return replayed(shard.path, shard.places[row], shard.params[row], (height, width), self.image_px)
+        digest = None if shard.digests is None else int(shard.digests[row])
+        return replayed(shard.path, shard.places[row], shard.params[row], (height, width), self.image_px, digest)
 
 
 class StoredTeacher(nn.Module):

@@ -71,9 +71,9 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a worker needs to make a batch: for each sample its key, path, offset, length, size and parameters."""
+    """What a worker needs to make a batch: for each sample its tar, its place there, size, parameters, and digest."""
 
-    samples: list[tuple[str, str, int, int, tuple[int, int], np.ndarray]]
+    samples: list[tuple[str, Place, tuple[int, int], np.ndarray, int | None]]
     captions: dict[str, list[str]]
 
 
@@ -168,7 +168,8 @@ def _work(rows: list[_Row]) -> _Work:
         place = item.shard.places[item.row]
         height, width = item.shard.sizes[item.row].tolist()
         params = item.shard.params[item.row]
-        samples.append((place.key, item.shard.path, place.offset, place.length, (height, width), params))
+        digest = None if item.shard.digests is None else int(item.shard.digests[item.row])
+        samples.append((item.shard.path, place, (height, width), params, digest))
     sets = rows[0].shard.captions
     return _Work(samples, {name: [item.shard.captions[name][item.row] for item in rows] for name in sets})
 
@@ -206,13 +207,13 @@ class _Views(Dataset):
             views = np.stack([self._view(*sample) for sample in work.samples])
         except ReinforceError as error:
             return error
-        keys = [sample[0] for sample in work.samples]
+        keys = [place.key for _, place, *_ in work.samples]
         return keys, torch.from_numpy(views), {name: self.tokenizer(texts) for name, texts in work.captions.items()}
 
     def _view(
-        self, key: str, path: str, offset: int, length: int, size: tuple[int, int], params: np.ndarray
+        self, path: str, place: Place, size: tuple[int, int], params: np.ndarray, digest: int | None
     ) -> np.ndarray:
-        return replayed(path, Place(key, offset, length), params, size, self.image_px)
+        return replayed(path, place, params, size, self.image_px, digest)
 
 
 def _without_signals(worker: int) -> None:

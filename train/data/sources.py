@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +23,8 @@ from reinforce.data import augment, draws, images, shards
 from reinforce.data.shards import Place, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError
 from reinforce.progress import Progress
-from reinforce.store.store import Store
+from reinforce.store.columns import DIGEST
+from reinforce.store.store import Store, identity
 from train.config import TrainConfig
 
 MIX = "mix"
@@ -40,8 +42,8 @@ class TeacherFacts:
 class Opened:
     """One shard in one epoch: for each of its N rows one view, and one caption of each text set.
 
-    `params` (N, P); `sizes` (N, 2) height and width; `captions` N texts per set; `image_targets` (N, D_k) bfloat16 per
-    teacher; `text_targets` likewise, by set and teacher.
+    `params` (N, P); `sizes` (N, 2) height and width; `digests` (N,) of the images, where they are known; `captions` N
+    texts per set; `image_targets` (N, D_k) bfloat16 per teacher; `text_targets` likewise, by set and teacher.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Opened:
     captions: dict[str, list[str]]
     image_targets: dict[str, np.ndarray]
     text_targets: dict[str, dict[str, np.ndarray]]
+    digests: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -85,6 +88,7 @@ class StoreSource:
         self._store, self._config = store, config
         self._shards = {shard.name: shard for shard in listed}
         manifest = store.promised()
+        self._has_digests = DIGEST in manifest.columns()
         recipe = manifest.parsed_recipe()
         view_set = recipe.view_sets.get(config.view_set)
         if view_set is None:
@@ -121,23 +125,27 @@ class StoreSource:
                 f"{self._shards[shard].url} and {self._store.url}/{shard} do not belong together: "
                 f"{_first_difference(keys, places)}; give the tars that the store was made from"
             )
+        digests = self._store.read(shard, "digest") if self._has_digests else None
+        data = None if digests is None else identity(keys, digests)
+        read = partial(self._store.read, shard, data=data)
         view = f"view/{self._config.view_set}"
         view_index = self._index(view, shard, epoch, self._num_views)
         captions, text_targets = {}, {}
         for name in self.text_sets:
             index = self._index(f"text/{name}", shard, epoch, self._num_captions[name])
-            captions[name] = self._store.read(shard, f"text/{name}/caption", index).tolist()
-            text_targets[name] = {t: self._store.read(shard, f"text/{name}/{t}", index) for t in self.teachers}
+            captions[name] = read(f"text/{name}/caption", index).tolist()
+            text_targets[name] = {t: read(f"text/{name}/{t}", index) for t in self.teachers}
         if self._config.captions == "mix":
             captions, text_targets = self._mixed(shard, epoch, captions, text_targets)
         return Opened(
             path,
             places,
-            self._store.read(shard, "size"),
-            self._store.read(shard, f"{view}/augment", view_index),
+            read("size"),
+            read(f"{view}/augment", view_index),
             captions,
-            {t: self._store.read(shard, f"{view}/{t}", view_index) for t in self.teachers},
+            {t: read(f"{view}/{t}", view_index) for t in self.teachers},
             text_targets,
+            digests,
         )
 
     def _index(self, set_name: str, shard: str, epoch: int, num: int) -> int:

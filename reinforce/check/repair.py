@@ -1,0 +1,93 @@
+"""Mends a store: what `verify` finds damaged is taken out, and a run writes it again, to the same bytes.
+
+It adds nothing to what a run does: a column that is not there yet is computed. So a repair may be stopped and started
+again, and another run may be at work meanwhile.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from reinforce.check.verify import verify
+from reinforce.config import RunOptions
+from reinforce.data import shards
+from reinforce.errors import ConfigError
+from reinforce.run import driver
+from reinforce.store.arrays import METADATA
+from reinforce.store.columns import CLASSES, Column
+from reinforce.store.store import GROUP, Store
+
+
+@dataclass
+class RepairReport:
+    """`removed` are the damaged columns and objects that were taken out, `missing` what was not there before, `foreign`
+    what is no part of the store (still there, unless its removal was asked for), `run` what came of computing columns
+    again, None where no shards were given."""
+
+    store: str
+    removed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    run: dict[str, Any] | None = None
+
+    @property
+    def sound(self) -> bool:
+        return not self.run["failed"] if self.run else not (self.removed or self.missing)
+
+
+def repair(url: str, patterns: str | None, options: RunOptions, remove_foreign: bool = False) -> RepairReport:
+    """Remove what is damaged and, with the shards that `patterns` names, compute it again.
+
+    Raises ConfigError, StoreError where the manifest itself is lost or damaged.
+    """
+    if patterns:
+        shards.expand(patterns)  # a wrong request is an error before anything is removed
+    found = verify(url, None, 0)
+    store = Store(url)
+    report = RepairReport(url, missing=found.missing, foreign=found.foreign)
+    for path in [fault.partition(":")[0] for fault in found.corrupt] + found.missing:
+        report.removed += _removed(store, path)
+    if remove_foreign:
+        for path in found.foreign:
+            store.objects.remove(path)
+    if patterns:
+        report.run = asdict(driver.run(patterns, url, store.promised().parsed_recipe(), options))
+    return report
+
+
+def redo(url: str, names: list[str], patterns: str, options: RunOptions) -> RepairReport:
+    """Take out all columns of the shards `names`, and compute them again from the tars that `patterns` names.
+
+    Raises ConfigError, before anything is removed, where a shard is not in the store or has no tar.
+    """
+    store = Store(url)
+    manifest = store.promised()
+    tars = {shard.name for shard in shards.expand(patterns)}
+    for name in names:
+        if name not in store.shards():
+            raise ConfigError(f"{url} has no shard '{name}'; `clip-reinforce info` lists what it has")
+        if name not in tars:
+            raise ConfigError(f"--shards {patterns} has no {name}.tar, and '{name}' is to be made again from it")
+    report = RepairReport(url)
+    for name in names:
+        for column in reversed(manifest.columns()):  # the keys, which say whose the others are, last
+            report.removed += _removed(store, f"{name}/{column}")
+    report.run = asdict(driver.run(patterns, url, manifest.parsed_recipe(), options))
+    return report
+
+
+def _removed(store: Store, path: str) -> list[str]:
+    """Take out a column `shard/column`, or an object of Zarr's groups, which is written again at once. With captions go
+    their embeddings: on another kind of device a captioner may write others."""
+    if path.endswith(f"/{METADATA}"):
+        store.objects.remove(path)
+        store.objects.create(path, GROUP)
+        return [path]
+    shard, _, name = path.partition("/")
+    column = Column.at(name)
+    columns = [column]
+    if column.part == "caption" and shard != CLASSES:
+        columns += [c for c in store.promised().columns() if c.kind == "text" and c.set == column.set and c.teacher]
+    there = [c for c in columns if store.has(shard, c)]
+    for c in there:
+        store.remove(shard, c)
+    return [f"{shard}/{c}" for c in there]

@@ -1,0 +1,137 @@
+"""One column as two objects: its chunks in one, Zarr's metadata with a record of them in the other.
+
+All chunks of a column lie in one object (Zarr's `sharding_indexed`), so a column comes from one writer, and a store has
+few objects. A reader takes the chunks that it needs by their places. Each ends in its CRC-32C, which the metadata
+repeats: so a chunk that belongs somewhere else is found out although it is whole.
+"""
+
+import hashlib
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import Store as ZarrStore
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import MemoryStore, WrapperStore
+
+import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
+from reinforce import process
+from reinforce.errors import Corrupt
+
+CHUNK_ROWS = 16384  # rows of one view in one chunk: 12.5 k rows of 768 bfloat16, a DataCompDR shard, are 19 MB
+METADATA = "zarr.json"
+_CRC = 4  # bytes
+_NOWHERE = 2**64 - 1  # the offset of a chunk that lies wholly outside the array
+
+process.blosc_in_one_thread()
+
+
+def encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
+    """The objects of a Zarr v3 array, METADATA and, unless it is empty, the one with its chunks: always the same for
+    the same array. A chunk holds one view (or caption) of up to CHUNK_ROWS rows."""
+    is_text = array.dtype.kind in "UTO"
+    compressor = ZstdCodec(level=3) if is_text else BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
+    memory = MemoryStore()
+    chunk = _chunk_shape(array.shape, row_axis)
+    made = zarr.create_array(
+        memory,
+        shape=array.shape,
+        dtype="string" if is_text else array.dtype,
+        chunks=chunk,
+        shards=tuple(max(1, -(-length // side)) * side for length, side in zip(array.shape, chunk, strict=True)),
+        fill_value="" if is_text else _loud(array.dtype),
+        filters=None,
+        compressors=[compressor, Crc32cCodec()],
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    if array.size:
+        made[...] = array
+    return {name: buffer.to_bytes() for name, buffer in memory._store_dict.items()}
+
+
+def object_name(metadata: dict[str, Any]) -> str | None:
+    """What the object with the chunks is called; None where the array is empty."""
+    return ".".join(["c", *["0"] * len(metadata["shape"])]) if 0 not in metadata["shape"] else None
+
+
+def record(data: bytes, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the metadata repeats of the object `data`: [offset, length, CRC-32C] of each chunk, the CRC-32C of the index
+    that names their places, and the SHA-256 of the whole.
+
+    Raises Corrupt where `data` is no such object, or a chunk of it is damaged.
+    """
+    outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
+    num = int(np.prod([length // side for length, side in zip(outer, inner, strict=True)]))
+    start = len(data) - (16 * num + _CRC)
+    if start < 0 or not _is_whole(data[start:]):
+        raise Corrupt("the index of its chunks is damaged")
+    chunks = []
+    for offset, length in np.frombuffer(data, "<u8", 2 * num, start).reshape(num, 2).tolist():
+        if offset != _NOWHERE:
+            chunk = data[offset : offset + length]
+            if offset + length > start or not _is_whole(chunk):
+                raise Corrupt("a chunk of it is damaged")
+            chunks.append([offset, length, _crc(chunk)])
+    return {"chunks": chunks, "index_crc32c": _crc(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class Recorded(WrapperStore[ZarrStore]):
+    """A zarr store of one column, `path`, whose metadata has been read: bytes that are not those of its record are an
+    error, and so is a missing or empty object, which Zarr takes for fill values."""
+
+    def __init__(self, store: ZarrStore, path: str, metadata: bytes, attributes: dict[str, Any]) -> None:
+        super().__init__(store)
+        self._path, self._metadata, self._record = f"{path}/{METADATA}", metadata, attributes
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        prototype = prototype or default_buffer_prototype()
+        if key == self._path:
+            return prototype.buffer.from_bytes(self._metadata)
+        value = await self._store.get(key, prototype, byte_range)
+        if key.endswith(".json"):
+            return value
+        if value is None or len(value) == 0:
+            raise Corrupt(f"chunk {key} is {'missing' if value is None else 'empty'}; verify the store")
+        if "chunks" in self._record and not self._is_recorded(value.to_bytes(), byte_range):
+            raise Corrupt(f"{key}: these are not the bytes that were committed; verify the store")
+        return value
+
+    def _is_recorded(self, data: bytes, byte_range: ByteRequest | None) -> bool:
+        chunks = self._record["chunks"]
+        if isinstance(byte_range, RangeByteRequest):
+            return any(offset == byte_range.start and crc == _crc(data) for offset, _, crc in chunks)
+        return (
+            self._record["index_crc32c"] == _crc(data)
+            and (
+                isinstance(byte_range, SuffixByteRequest)  # the index alone
+                or all(crc == _crc(data[: offset + length]) for offset, length, crc in chunks)
+            )
+        )
+
+
+def _is_whole(data: bytes) -> bool:
+    return len(data) > _CRC and google_crc32c.value(data[:-_CRC]) == _crc(data)
+
+
+def _crc(data: bytes) -> int:
+    """The CRC-32C in which they end."""
+    return int.from_bytes(data[-_CRC:], "little")
+
+
+def _chunk_shape(shape: tuple[int, ...], row_axis: int) -> tuple[int, ...]:
+    chunk = [min(length, CHUNK_ROWS) if axis == row_axis else length for axis, length in enumerate(shape)]
+    if row_axis == 1:
+        chunk[0] = 1
+    return tuple(max(1, length) for length in chunk)
+
+
+def _loud(dtype: np.dtype[Any]) -> Any:
+    """What a plain Zarr reader sees in place of a lost chunk: NaN, where the data type has one."""
+    return dtype.type(0) if dtype.kind in "iu" else dtype.type("nan")

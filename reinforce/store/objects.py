@@ -1,0 +1,176 @@
+"""The objects of a store, on a local disk or behind an fsspec URL: each appears whole, once, and stays as it is.
+
+`create` never changes an object that is there. On a local disk that is a hard link to a file that is synced to the disk
+first; on S3 and Google's storage a conditional put. So two writers that write the same name at once, or a writer that
+wakes up late, leave the object of the first one. File systems that can do neither are asked whether the object is there
+before it is put: two writers within that moment would leave the object of the last one.
+"""
+
+import errno
+import os
+import socket
+import time
+import uuid
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from reinforce.errors import ConfigError, StoreError
+
+PARTIAL = ".partial"  # where objects of a local store wait until they are whole
+_OLD_S = 3600.0  # what has waited for so long belongs to nobody who is alive
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class Objects:
+    """Paths are relative to the address of the store, with '/'."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError for an empty address."""
+        if not url.strip():
+            raise ConfigError("the address of the store is empty; name a local path or an fsspec URL")
+        self.url = url
+        # Listings are never cached: another process may have written since.
+        self._fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def get(self, path: str) -> bytes:
+        """Raises FileNotFoundError."""
+        try:
+            data: bytes = self._fs.cat_file(self._at(path))
+        except NotADirectoryError:
+            raise StoreError(f"{self.url} is a file, and a store is a folder; give another STORE") from None
+        return data
+
+    def exists(self, path: str) -> bool:
+        there = os.path.exists if self.local else self._fs.exists
+        return bool(there(self._at(path)))
+
+    def size(self, path: str) -> int:
+        """Bytes."""
+        return int(self._fs.size(self._at(path)))
+
+    def files(self, folder: str) -> list[str]:
+        """The names in a folder that are objects, sorted; none where there is no such folder."""
+        return self._names(folder, "file")
+
+    def folders(self, folder: str = "") -> list[str]:
+        return self._names(folder, "directory")
+
+    def tree(self, folder: str) -> list[str]:
+        """The paths of all objects in a folder and the folders in it, from there."""
+        try:
+            found = self._fs.find(self._at(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(path.removeprefix(f"{self._at(folder)}/") for path in found)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Put an object, whole or not at all. Gives False where there is one by that name already, which stays."""
+        if self.local:
+            return self._link(path, data)
+        try:
+            self._fs.pipe_file(self._at(path), data, mode="create")
+        except FileExistsError:
+            return False
+        except TypeError:  # a file system whose puts know no conditions
+            if self.exists(path):
+                return False
+            self._fs.pipe_file(self._at(path), data)
+        return True
+
+    def remove(self, path: str) -> None:
+        """An object that is gone already is no error."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(path))
+
+    def remove_folder(self, path: str) -> None:
+        """A folder with all that is in it."""
+        with suppress(FileNotFoundError):
+            self._fs.rm(self._at(path), recursive=True)
+
+    def sync(self, folder: str) -> None:
+        """Make the names in a local folder, and the folders above it, survive a power cut."""
+        for name in [folder, *map(str, PurePosixPath(folder).parents)] if self.local else []:
+            descriptor = os.open(self._at(name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed in mid-write have left, never what one that is alive is writing."""
+        if not self.local:
+            return  # an object store shows an object when it is whole, or not at all
+        for name in self.files(PARTIAL):
+            with suppress(FileNotFoundError):  # its writer has finished it
+                if _is_left(name, os.path.getmtime(self._at(f"{PARTIAL}/{name}"))):
+                    os.unlink(self._at(f"{PARTIAL}/{name}"))
+        with suppress(OSError):  # there is none, or somebody writes
+            os.rmdir(self._at(PARTIAL))
+
+    def _link(self, path: str, data: bytes) -> bool:
+        target = self._at(path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        partial = self._at(f"{PARTIAL}/{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}")
+        try:
+            with _opened(partial) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            return _linked(partial, target)
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
+
+    def _names(self, folder: str, kind: str) -> list[str]:
+        try:
+            found = self._fs.ls(self._at(folder), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        paths = (entry["name"].rstrip("/") for entry in found if entry["type"] == kind)
+        # S3 has markers of folders: objects without bytes, named as the folder itself.
+        return sorted(path.rsplit("/", 1)[-1] for path in paths if path != self._at(folder))
+
+    def _at(self, path: str) -> str:
+        return f"{self.root}/{path}" if path not in ("", ".") else self.root
+
+
+def _linked(partial: str, target: str) -> bool:
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.exists(target):
+            return False
+        os.rename(partial, target)
+    return True
+
+
+def _opened(partial: str) -> BinaryIO:
+    while True:
+        os.makedirs(os.path.dirname(partial), exist_ok=True)
+        try:
+            return open(partial, "xb")
+        except FileNotFoundError:
+            pass  # another run's sweep has just removed the empty folder
+
+
+def _is_left(name: str, modified: float) -> bool:
+    """Whether the writer of a partial object is dead, or must be: nothing takes an hour."""
+    host, _, rest = name.partition("~")
+    number = rest.partition("~")[0]
+    if host == socket.gethostname() and number.isdigit():
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass  # alive, and somebody else's
+    return time.time() - modified > _OLD_S
