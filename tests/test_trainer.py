@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -249,6 +250,21 @@ def test_a_checkpoint_of_another_training(reinforced: Reinforced, tmp_path: Path
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(Corrupt, match="^checkpoint .*cannot be read.*; remove it to go on from the one before"):
         fit(config(reinforced, steps=2), tmp_path)
+
+
+def test_a_flipped_bit_of_a_checkpoint_or_a_cut_report_is_no_traceback(reinforced: Reinforced, tmp_path: Path) -> None:
+    whole = fit(config(reinforced, steps=2), tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(whole)[:200])
+    again = fit(config(reinforced, steps=2), tmp_path)  # the training has ended: only its report is made again
+    assert again["metrics"] == whole["metrics"] and again["steps"] == 2
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    written, rng = path.read_bytes(), random.Random(0)
+    for _ in range(60):
+        data = bytearray(written)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(Corrupt, match="^checkpoint .*; remove it to go on from the one before"):
+            fit(config(reinforced, steps=2), tmp_path)
 
 
 def test_a_checkpoint_from_before_there_was_a_setting(reinforced: Reinforced, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
     with joined(config.device) as ranks:
         training = _Fit(config, out, ranks)
         step = training.resume()
-        if step == training.num_steps and (out / REPORT).is_file():
-            return training.done()
+        if step == training.num_steps and (report := _report_of(out)):
+            return training.done(report)
         return training.report(training.run(step))
 
 
@@ -153,9 +153,8 @@ class _Fit(Training[Batch]):
             self._write(report)
         return report
 
-    def done(self) -> dict[str, Any]:
+    def done(self, report: dict[str, Any]) -> dict[str, Any]:
         """The report of a training that had come to its end before, with the sets that are new to it."""
-        report: dict[str, Any] = json.loads((self.out / REPORT).read_text())
         # Reports written before there was `eval_sets` name their sets, and not where these lie.
         known = report.setdefault("eval_sets", {n: self.config.eval_sets.get(n) for n in report["evaluated"]})
         new = {name: url for name, url in self.config.eval_sets.items() if known.get(name) != url}
@@ -170,6 +169,15 @@ class _Fit(Training[Batch]):
         partial = self.out / f"{REPORT}.partial"
         partial.write_text(json.dumps(report, indent=1) + "\n")
         os.replace(partial, self.out / REPORT)  # whole or not at all: a run that is killed here must not break the next
+
+
+def _report_of(out: Path) -> dict[str, Any] | None:
+    """Of a training that has come to its end; None where there is none, or it is damaged and has to be made again."""
+    try:
+        report = json.loads((out / REPORT).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None
 
 
 def _trainee(student: Student, source: Source, config: TrainConfig, eval_sets: dict[str, EvalSet]) -> Trainee:

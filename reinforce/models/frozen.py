@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reinforce import process
 from reinforce.config import Model
 from reinforce.errors import ConfigError
+from reinforce.models import tensorfile
 from reinforce.models.open_clip import get_tokenizer, open_clip
 from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
@@ -106,11 +107,7 @@ class FrozenModel:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and values of all weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensorfile.digest(model.state_dict())
 
 
 def _model_cfg(name: str) -> Any:
