@@ -13,7 +13,7 @@ import typer
 
 from reinforce.config import Model, Recipe, RunOptions, parse
 from reinforce.errors import ConfigError
-from reinforce.recipes import choice, listed, load_recipe
+from reinforce.recipes import choice, listed, load_recipe, overridden
 from reinforce.run.reports import RunReport
 from reinforce.terminal import (
     DeviceOption,
@@ -31,6 +31,28 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+ShardsArgument = Annotated[
+    str, typer.Argument(metavar="SHARDS", help="tars: braces, '*', several joined by '::', paths or fsspec URLs")
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="name of a recipe (`clip-reinforce recipes` lists them), or a path: mine.py, mine.json; by default the "
+        "store's own",
+        autocompletion=lambda: list(listed()),
+    ),
+]
+MaxInvalidOption = Annotated[
+    float, typer.Option(help="a shard with a larger share of bad samples than this is refused")
+]
+AttemptsOption = Annotated[int, typer.Option(help="tries per shard")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="threads per worker that decode and augment; by default 2, and with a GPU its share of the cores, "
+        "at most 8"
+    ),
+]
 StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")]
 WorkersOption = Annotated[
@@ -45,59 +67,67 @@ def _all(version: VersionOption = False) -> None: ...
 
 @app.command()
 def run(
-    shards: Annotated[
-        str, typer.Argument(metavar="SHARDS", help="tars: braces, '*', several joined by '::', paths or fsspec URLs")
-    ],
+    shards: ShardsArgument,
     store: StoreOption,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="name of a recipe (`clip-reinforce recipes` lists them), or a path: mine.py, mine.json",
-            autocompletion=lambda: list(listed()),
-        ),
-    ] = None,
+    recipe: RecipeOption = None,
     set_: SetOption = [],
     workers: WorkersOption = _DEFAULTS.workers,
     device: DeviceOption = _DEFAULTS.device,
-    max_invalid: Annotated[
-        float, typer.Option(help="a shard with a larger share of bad samples than this is refused")
-    ] = _DEFAULTS.max_invalid,
-    attempts: Annotated[int, typer.Option(help="tries per shard")] = _DEFAULTS.attempts,
-    decode_threads: Annotated[
-        int | None,
-        typer.Option(
-            help="threads per worker that decode and augment; by default 2, and with a GPU its share of the cores, "
-            "at most 8"
-        ),
-    ] = _DEFAULTS.decode_threads,
+    max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
+    attempts: AttemptsOption = _DEFAULTS.attempts,
+    decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
+    options = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
+    _run(shards, store, recipe, set_, options | {"decode_threads": decode_threads}, json_)
+
+
+@app.command()
+def extend(
+    shards: ShardsArgument,
+    store: StoreOption,
+    recipe: RecipeOption = None,
+    set_: SetOption = [],
+    workers: WorkersOption = _DEFAULTS.workers,
+    device: DeviceOption = _DEFAULTS.device,
+    max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
+    attempts: AttemptsOption = _DEFAULTS.attempts,
+    decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
+    json_: JsonOption = False,
+) -> None:
+    """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
+    there stays as it is, and may be read meanwhile."""
+    options = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
+    _run(shards, store, recipe, set_, options | {"decode_threads": decode_threads, "extend": True}, json_)
+
+
+def _run(shards: str, store: str, recipe: str | None, set_: list[str], options: dict[str, Any], json_: bool) -> None:
     from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
-        if recipe is None:
-            raise ConfigError(f"name a recipe with --recipe: one of these, or a path to your own\n{choice()}")
-        loaded = load_recipe(recipe, set_)
-        options = parse(
-            RunOptions,
-            {
-                "workers": workers,
-                "device": device,
-                "max_invalid": max_invalid,
-                "attempts": attempts,
-                "decode_threads": decode_threads,
-            },
-            "the request",
-        )
+        loaded = _recipe(recipe, store, set_)
+        asked = parse(RunOptions, options, "the request")
         with redirect_stdout(sys.stderr):  # Ray prints news of its workers on stdout, which is for the answer
-            report = run_driver(shards, store, loaded, options)
+            report = run_driver(shards, store, loaded, asked)
         if json_:
             print(json.dumps({"recipe": loaded.name} | asdict(report)))
         else:
             training = f"--recipe {recipe}" if recipe in listed("TRAINING") else "--student mamba_small"
             _print_run(report, shards, loaded, training)
     raise typer.Exit(1 if report.failed else 0)
+
+
+def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
+    """The recipe that is named, or that of the store, where there is one."""
+    from reinforce.check.info import stored_recipe
+
+    if name is not None:
+        return load_recipe(name, overrides)
+    stored = stored_recipe(store)
+    if stored is None:
+        raise ConfigError(f"name a recipe with --recipe: one of these, or a path to your own\n{choice()}")
+    return overridden(stored, overrides, f"the recipe of {store}")
 
 
 @app.command()
@@ -110,7 +140,8 @@ def recipes(json_: JsonOption = False) -> None:
 @app.command()
 def recipe(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="name of a recipe, or a path", autocompletion=lambda: list(listed()))
+        str,
+        typer.Argument(metavar="NAME", help="name of a recipe, or a path", autocompletion=lambda: list(listed())),
     ],
     set_: SetOption = [],
 ) -> None:

@@ -180,6 +180,9 @@ class Recipe(Config):
         return self.seed if self.weights == "random" else None
 
 
+NAMED = ("teachers", "view_sets", "captioners", "class_sets")  # the parts of a recipe that a store can grow by
+
+
 class RunOptions(Config):
     """How a run is carried out. Nothing here changes a byte."""
 
@@ -194,6 +197,9 @@ class RunOptions(Config):
         ge=1,
         description="threads of a worker that decode and augment; by default 2, and with a GPU its share of the cores, "
         "at most 8",
+    )
+    extend: bool = Field(
+        False, description="add what the recipe has and the store has not: teachers, captioners, view sets, class sets"
     )
     shards_in_flight: int = Field(2, ge=1, description="shards a worker holds: one computes, the next is being read")
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from reinforce.config import Config, Recipe, near, parse, sentences
+from reinforce.config import NAMED, Config, Recipe, near, parse, sentences
 from reinforce.errors import ConfigError
 
 FOLDER = Path(__file__).parent.parent / "pipelines"
@@ -38,11 +38,15 @@ def load(kind: type[T], constant: str, name: str | None, overrides: list[str] = 
     Raises ConfigError that says what is wrong and which names or keys come near.
     """
     where = "the request" if name is None else f"recipe {name}"
-    # Whole, so that what a recipe leaves out can be overridden, too.
-    tree = parse(kind, {} if name is None else _tree(constant, name), where).model_dump(mode="json")
+    return overridden(parse(kind, {} if name is None else _tree(constant, name), where), overrides, where)
+
+
+def overridden(settings: T, overrides: list[str], where: str) -> T:
+    """The settings with `dotted.key=value` overrides. Raises ConfigError, which says `where` they are from."""
+    tree = settings.model_dump(mode="json")
     for override in overrides:
         _override(tree, override)
-    return parse(kind, tree, where)
+    return parse(type(settings), tree, where)
 
 
 def listed(constant: str = "RECIPE") -> dict[str, str]:
@@ -145,6 +149,6 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict) or step not in node:
             raise ConfigError(f"--set {override}: no key '{step}'{near(step, node)}")
         node = node[step]
-    if not isinstance(node, dict) or last not in node:
+    if not isinstance(node, dict) or (last not in node and path not in [[name] for name in NAMED]):
         raise ConfigError(f"--set {override}: no key '{last}'{near(last, node)}")
     node[last] = value

@@ -68,7 +68,7 @@ class TrainConfig(LoopConfig):
         None, description="what teachers know about these shards; without it, plain CLIP training (distill=0)"
     )
     teachers: list[str] | None = Field(None, description="the store's teachers to learn from; all by default")
-    view_set: str = "base"
+    view_set: str = Field("base", description="the store's view set to learn from; several joined by '+'")
     text_sets: list[str] | None = Field(None, description="the store's text sets to learn from; all by default")
     num_views: int | None = Field(None, ge=1, description="use only so many of the store's views of each image")
     num_captions: int | None = Field(None, ge=1, description="use only so many captions of each text set")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from reinforce.config import Recipe
 from reinforce.data.shards import Status
 from reinforce.store.columns import CLASSES, KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
@@ -18,6 +19,12 @@ def groups(store: Store, manifest: Manifest) -> Iterator[tuple[str, list[Column]
         yield CLASSES, classes
     for shard in store.shards():
         yield shard, manifest.columns()
+
+
+def stored_recipe(url: str) -> Recipe | None:
+    """The recipe of a store, or None where there is no store yet. Raises StoreError."""
+    manifest = Store(url).manifest()
+    return manifest.parsed_recipe() if manifest else None
 
 
 def info(url: str) -> dict[str, Any]:

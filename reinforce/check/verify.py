@@ -78,7 +78,7 @@ def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto
             report.missing += found.missing
             report.foreign += found.foreign
             progress.add()
-    report.foreign += [name for name in store.objects.files("") if name != METADATA]
+    report.foreign += [name for name in store.objects.files("") if name not in store.manifests]
     if listed is not None:
         _compare_tars(store, manifest, listed, report)
         if num_replays:

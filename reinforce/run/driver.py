@@ -36,8 +36,8 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     store = Store(store_url)
     manifest = store.manifest()
     if manifest:
-        manifest.check_recipe(recipe, store_url)
-    wanted = manifest.columns() if manifest else columns(recipe)
+        manifest.check_recipe(recipe, store_url, options.extend)
+    wanted = columns(recipe, manifest.format_version) if manifest else columns(recipe)
     with ThreadPoolExecutor(16) as pool:
         missing = list(pool.map(lambda shard: bool(store.missing(shard.name, wanted)), listed))
         todo = [shard for shard, is_missing in zip(listed, missing, strict=True) if is_missing]

@@ -53,7 +53,7 @@ class Worker:
             "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
         }
-        self.store.promise(Manifest.of(recipe, described, card(device)))
+        self.store.promise(Manifest.of(recipe, described, card(device)), options.extend)
         self.columns = self.store.promised().columns()
         self._models = threading.Lock()
         for column in self.store.missing(CLASSES, class_columns(recipe)):

@@ -1,15 +1,16 @@
 """What a store promises: how every byte of it was made.
 
-The manifest is an attribute of the store's root group, written before the first column and never changed by a run.
+The manifest is an attribute of the store's root group, written before the first column and never changed by a run. A
+store that grows by a teacher, say, gets a larger manifest beside it, which keeps all that the smaller one promised.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Self
 
-from reinforce.config import Recipe, parse
+from reinforce.config import NAMED, Recipe, parse
 from reinforce.data import augment
 from reinforce.errors import ManifestMismatch, StoreError
 from reinforce.store.columns import FORMAT_VERSION, Column, class_columns, columns
@@ -93,9 +94,23 @@ class Manifest:
     def parsed_recipe(self) -> Recipe:
         return parse(Recipe, self.recipe, "the recipe in the store's manifest")
 
-    def check_recipe(self, recipe: Recipe, where: str) -> None:
-        """Raises ManifestMismatch with the differences between this promise and what is asked now."""
-        _compare({"recipe": self.recipe}, {"recipe": recipe.model_dump(mode="json")}, where)
+    def check_recipe(self, recipe: Recipe, where: str, extend: bool = False) -> None:
+        """Raises ManifestMismatch with the differences between this promise and what is asked now. `extend`: what is
+        asked may have more teachers, captioners, view sets and class sets."""
+        asked = recipe.model_dump(mode="json")
+        _compare({"recipe": self.recipe}, {"recipe": _common(asked, self.recipe) if extend else asked}, where)
+
+    def extended(self, asked: Self, where: str) -> Self:
+        """What is asked, with all that was promised before as it is. Raises ManifestMismatch where that cannot be."""
+        common = replace(
+            asked,
+            recipe=_common(asked.recipe, self.recipe),
+            models={kind: {k: v for k, v in of.items() if k in self.models[kind]} for kind, of in asked.models.items()},
+        )
+        self.check(common, where)
+        models = {kind: of | self.models[kind] for kind, of in asked.models.items()}
+        fields = asked.augment_fields | self.augment_fields
+        return replace(asked, models=models, augment_fields=fields, format_version=self.format_version)
 
     def check(self, asked: "Manifest", where: str) -> None:
         """The same, models included; format 1 said less of a model, and only that much is compared."""
@@ -112,6 +127,13 @@ def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in recipe.items() if k != "name"}
 
 
+def _common(asked: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """What is asked, without the teachers and sets whose names were not there before."""
+    return asked | {
+        part: {name: node for name, node in asked[part].items() if name in stored.get(part, {})} for part in NAMED
+    }
+
+
 def _compare(stored: dict[str, Any], asked: dict[str, Any], where: str) -> None:
     old, new = (_flat(tree | {"recipe": _unlabelled(tree["recipe"])}) for tree in (stored, asked))
     lines = [
@@ -122,7 +144,8 @@ def _compare(stored: dict[str, Any], asked: dict[str, Any], where: str) -> None:
     if lines:
         raise ManifestMismatch(
             f"{where} was written with another recipe; nothing was changed.\n" + "\n".join(lines) + "\n"
-            "Run with the recipe it was written with, or give another STORE."
+            "Run with the recipe it was written with, or give another STORE. `clip-reinforce extend` adds teachers, "
+            "captioners, view sets and class sets to a store."
         )
 
 

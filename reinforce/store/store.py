@@ -36,6 +36,17 @@ def _group_json(attributes: dict[str, Any]) -> bytes:
 GROUP = _group_json({})
 
 
+def _manifest_json(manifest: Manifest) -> bytes:
+    root = json.loads(_group_json({"reinforce": manifest.to_json()}))
+    root["attributes"]["checksum"] = _checksum(root)
+    return json.dumps(root, indent=2).encode()
+
+
+def _extension(number: int) -> str:
+    """Where the manifest of a store lies that has grown so many times."""
+    return f"manifest.{number:04d}.json"
+
+
 class Store:
     """A store at a local path or an fsspec URL. A column is named by a `Column`, or by its path in the group."""
 
@@ -44,6 +55,7 @@ class Store:
         self.url = url
         self.objects = Objects(url)
         self._manifest: Manifest | None = None
+        self._num_extensions = 0
 
     # -- manifest ------------------------------------------------------------------------------------------------
 
@@ -65,32 +77,50 @@ class Store:
             raise StoreError(f"no store at {self.url}; make one with: clip-reinforce run SHARDS --store {self.url}")
         return manifest
 
-    def promise(self, manifest: Manifest) -> None:
-        """Write the manifest of a new store, or raise ManifestMismatch if the store promises something else."""
+    @property
+    def manifests(self) -> list[str]:
+        """The names of the objects that the manifest was read from: the first, and one for each time it has grown."""
+        self.promised()
+        return [METADATA, *(_extension(number + 1) for number in range(self._num_extensions))]
+
+    def promise(self, manifest: Manifest, extend: bool = False) -> None:
+        """Write the manifest of a new store, or raise ManifestMismatch if the store promises something else. `extend`:
+        where it promises less, let it promise this as well."""
         if self.manifest() is None:
-            root = json.loads(_group_json({"reinforce": manifest.to_json()}))
-            root["attributes"]["checksum"] = _checksum(root)
-            self.objects.create(METADATA, json.dumps(root, indent=2).encode())
+            self.objects.create(METADATA, _manifest_json(manifest))
+        while extend:
+            stored = self.promised()
+            manifest = stored.extended(manifest, self.url)
+            if manifest.fingerprint == stored.fingerprint:
+                return
+            self.objects.create(_extension(self._num_extensions + 1), _manifest_json(manifest))
+            self._manifest = None  # ours, or that of another run, which ours must contain then
         self.promised().check(manifest, self.url)
 
     def _read_manifest(self) -> Manifest | None:
-        """It is written once, so it is read once."""
-        if self._manifest:
-            return self._manifest
+        """The newest. None of them is ever changed; one that came after this was opened is not looked for."""
+        if self._manifest is None:
+            manifest, number = self._manifest_at(METADATA), 0
+            while manifest and (larger := self._manifest_at(_extension(number + 1))):
+                manifest.extended(larger, self.url)
+                manifest, number = larger, number + 1
+            self._manifest, self._num_extensions = manifest, number
+        return self._manifest
+
+    def _manifest_at(self, path: str) -> Manifest | None:
         try:
-            root = json.loads(self.objects.get(METADATA))
+            root = json.loads(self.objects.get(path))
             attributes = root.get("attributes", {})
             tree = attributes.get("reinforce")
         except FileNotFoundError:
             return None
         except (ValueError, AttributeError) as error:
-            raise StoreError(f"{self.url}/zarr.json is damaged: {error}; restore it, or give another STORE") from error
+            raise StoreError(f"{self.url}/{path} is damaged: {error}; restore it, or give another STORE") from error
         if tree is None:
             raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
         manifest = Manifest.from_json(tree, self.url)
         if manifest.format_version > 1 and attributes.get("checksum") != _checksum(root):
-            raise StoreError(f"{self.url}/{METADATA} is not as it was written; restore it, or give another STORE")
-        self._manifest = manifest
+            raise StoreError(f"{self.url}/{path} is not as it was written; restore it, or give another STORE")
         return manifest
 
     # -- columns -------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from reinforce.data import augment, draws, images, shards
 from reinforce.data.shards import Place, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError
 from reinforce.progress import Progress
-from reinforce.store.columns import DIGEST
+from reinforce.store.columns import DIGEST, KEY, STATUS, Column
+from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity
 from train.config import TrainConfig
 
@@ -90,10 +91,9 @@ class StoreSource:
         manifest = store.promised()
         self._has_digests = DIGEST in manifest.columns()
         recipe = manifest.parsed_recipe()
-        view_set = recipe.view_sets.get(config.view_set)
-        if view_set is None:
-            raise ConfigError(f"{store.url} has no view set '{config.view_set}'; it has {', '.join(recipe.view_sets)}")
-        self._num_views = min(view_set.num_views, config.num_views or view_set.num_views)
+        view_sets = _some(config.view_set.split("+"), list(recipe.view_sets), "view set", store.url)
+        views = [(name, index) for name in view_sets for index in range(recipe.view_sets[name].num_views)]
+        self._views = views[: config.num_views]
         self._num_captions = {name: min(num, config.num_captions or num) for name, num in recipe.text_sets.items()}
         asked_texts = [] if config.comkd else config.text_sets
         self.text_sets = _some(asked_texts, list(self._num_captions), "text set", store.url)
@@ -113,7 +113,7 @@ class StoreSource:
             shard.name: np.flatnonzero(status == Status.GOOD) for shard, status in zip(listed, statuses, strict=True)
         }
         self.num_skipped = sum(int((status != Status.GOOD).sum()) for status in statuses)
-        self.fingerprint = _fingerprint(manifest.fingerprint, self.good_rows)
+        self.fingerprint = _fingerprint(self._promises(manifest, view_sets, names), self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
         """Raises ManifestMismatch where the tar is not the one that was reinforced, NotCommitted, Corrupt."""
@@ -128,8 +128,9 @@ class StoreSource:
         digests = self._store.read(shard, "digest") if self._has_digests else None
         data = None if digests is None else identity(keys, digests)
         read = partial(self._store.read, shard, data=data)
-        view = f"view/{self._config.view_set}"
-        view_index = self._index(view, shard, epoch, self._num_views)
+        number = self._index(f"view/{self._config.view_set}", shard, epoch, len(self._views))
+        view_set, view_index = self._views[number]
+        view = f"view/{view_set}"
         captions, text_targets = {}, {}
         for name in self.text_sets:
             index = self._index(f"text/{name}", shard, epoch, self._num_captions[name])
@@ -147,6 +148,14 @@ class StoreSource:
             text_targets,
             digests,
         )
+
+    def _promises(self, manifest: Manifest, view_sets: list[str], teachers: list[str]) -> str:
+        """Of the columns that are learned from, so that a store may grow while a training rests."""
+        if manifest.format_version == 1:
+            return manifest.fingerprint
+        columns = [Column("view", name, part) for name in view_sets for part in ("augment", *teachers)]
+        columns += [Column("text", name, part) for name in self.text_sets for part in ("caption", *teachers)]
+        return " ".join(manifest.promise(column) for column in [KEY, DIGEST, STATUS, *columns])
 
     def _index(self, set_name: str, shard: str, epoch: int, num: int) -> int:
         if self._config.view_order == "sequential":
