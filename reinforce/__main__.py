@@ -102,6 +102,30 @@ def extend(
     _run(shards, store, recipe, set_, options | {"decode_threads": decode_threads, "extend": True}, json_)
 
 
+@app.command()
+def plan(
+    shards: ShardsArgument,
+    store: StoreOption,
+    recipe: RecipeOption = None,
+    set_: SetOption = [],
+    workers: WorkersOption = _DEFAULTS.workers,
+    device: DeviceOption = _DEFAULTS.device,
+    card: Annotated[
+        str | None, typer.Option(help="reckon with this GPU in place of measuring: A100, H100, H200, L4, L40S, RTX4090")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Say what a run would cost, and write nothing: samples, bytes, hours of each model, memory. A few samples are
+    reinforced to know."""
+    from reinforce.check.plan import plan as reckon
+
+    with errors_as_sentences():
+        loaded = _recipe(recipe, store, set_)
+        asked = {"workers": workers, "device": device, "extend": True, "max_invalid": 1}
+        found = asdict(reckon(shards, store, loaded, parse(RunOptions, asked, "the request"), card))
+        print(json.dumps(found)) if json_ else print_tree(found)
+
+
 def _run(shards: str, store: str, recipe: str | None, set_: list[str], options: dict[str, Any], json_: bool) -> None:
     from reinforce.run.driver import run as run_driver
 

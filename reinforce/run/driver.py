@@ -100,6 +100,12 @@ def _tried(worker: "Worker", shard: Shard, attempts: int) -> tuple[ShardReport, 
     return ShardReport(shard.name, error=reason), attempts
 
 
+def num_workers(options: RunOptions) -> int:
+    """How many workers a run would have; 1 where it works without Ray."""
+    low, high = _worker_range(options)
+    return max(1, high if high < 1_000_000 else low)
+
+
 def _worker_range(options: RunOptions) -> tuple[int, int]:
     """`N`, `MIN:MAX` or `auto` -> (low, high); high is 0 for no Ray."""
     if options.workers == "auto":

@@ -53,6 +53,13 @@ class Objects:
         """Bytes."""
         return int(self._fs.size(self._at(path)))
 
+    def total_bytes(self, folder: str) -> int:
+        """Of all objects in a folder and the folders in it."""
+        try:
+            return int(self._fs.du(self._at(folder)))
+        except FileNotFoundError:
+            return 0
+
     def files(self, folder: str) -> list[str]:
         """The names in a folder that are objects, sorted; none where there is no such folder."""
         return self._names(folder, "file")

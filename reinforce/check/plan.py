@@ -1,0 +1,235 @@
+"""What a run will cost, before it is begun: samples, bytes, hours of each stage, memory of a worker.
+
+A few samples of the first shard are reinforced into a store that is thrown away, and timed: so the figures are those of
+this machine, this recipe and these images. For a card that is not here, hours come from counted FLOPs and the card's
+rate alone, and what the CPU does is left out.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import ml_dtypes
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from reinforce.config import Recipe, RunOptions
+from reinforce.data import shards
+from reinforce.data.shards import CAPTIONS, IMAGES, Shard
+from reinforce.errors import ConfigError
+from reinforce.run import driver
+from reinforce.run.worker import Worker
+from reinforce.store import arrays
+from reinforce.store.columns import Column, columns
+from reinforce.store.store import Store
+
+# Dense bfloat16 matrix products, TFLOP/s, as the makers state them.
+CARDS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "L40S": 362, "RTX4090": 165}
+UTILISATION = (
+    0.55  # of a card's rate; one H200 reached 0.34 of what it reached in a plain product (docs/results/gpu.md)
+)
+LOOKED_AT = 3  # tars whose samples are counted; the others are taken to have as many per byte
+TRIAL_S = 60.0  # what reinforcing a few samples, to see what it costs, may take
+MOST = 1024  # of these samples
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`stages` has for each model the TFLOP of one sample, its share of all, and its hours. `hours` are of one worker,
+    `hours_of_all` of `workers` at once. `bytes` is the store's size when all is done, `bytes_now` what is there."""
+
+    store: str
+    shards: int
+    shards_todo: int
+    samples_todo: int
+    bytes_now: int
+    bytes: int
+    stages: dict[str, dict[str, float]]
+    seconds_per_sample: float
+    hours: float
+    workers: int
+    hours_of_all: float
+    memory_gib: float
+    measured_on: str
+
+
+def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str | None = None) -> Plan:
+    """`card`: one of CARDS, to reckon with in place of measuring time here.
+
+    Raises ConfigError, ManifestMismatch as a run does; nothing is written into the store.
+    """
+    if card and card not in CARDS:
+        raise ConfigError(f"no figures of a card '{card}'; there are those of {', '.join(CARDS)}")
+    listed, store = shards.expand(patterns), Store(url)
+    manifest = store.manifest()
+    if manifest:
+        manifest.check_recipe(recipe, url, options.extend)
+    wanted = columns(recipe, manifest.format_version) if manifest else columns(recipe)
+    todo = [shard for shard in listed if store.missing(shard.name, wanted)]
+    missing = {column for shard in todo for column in store.missing(shard.name, wanted)}
+    bytes_now = store.objects.total_bytes("") if manifest else 0
+    if not todo:
+        return Plan(url, len(listed), 0, 0, bytes_now, bytes_now, {}, 0.0, 0.0, 0, 0.0, 0.0, "nothing to do")
+    samples, largest = _num_samples(todo)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        alone = recipe.but(batch_size=1) if card else recipe  # to count FLOPs one sample is enough
+        worker = Worker(alone, f"{folder}/store", options.but(extend=False))
+        stages = _stages(worker, missing)
+        tflop = sum(of["tflop"] for of in stages.values())
+        if card:
+            seconds, where = tflop / (CARDS[card] * UTILISATION), f"{card}, by FLOPs at {UTILISATION:.0%} of its rate"
+            of_sample, of_shard = _expected_bytes(worker, missing)
+        else:
+            trial = _trial(worker, todo[0], Path(folder), missing)
+            seconds, where, of_sample, of_shard = trial.seconds, trial.where, trial.of_sample, trial.of_shard
+        memory = _memory(worker, largest, missing)
+    for of in stages.values():
+        of["share"] = of["tflop"] / tflop if tflop else 0.0
+        of["hours"] = of["share"] * samples * seconds / 3600
+    workers = max(1, min(driver.num_workers(options), len(todo)))
+    return Plan(
+        url,
+        len(listed),
+        len(todo),
+        samples,
+        bytes_now,
+        round(bytes_now + of_sample * samples + of_shard * len(todo)),
+        stages,
+        seconds,
+        samples * seconds / 3600,
+        workers,
+        samples * seconds / 3600 / workers,
+        memory / _GIB,
+        where,
+    )
+
+
+def _num_samples(todo: list[Shard]) -> tuple[int, int]:
+    """Of all, and of the largest: counted in a few tars, and by their lengths in the others."""
+    lengths = [_length(shard) for shard in todo]
+    looked_at = sorted({round(i * (len(todo) - 1) / max(1, LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+    counts = [sum(1 for _ in shards.read_parts(todo[i], ())) for i in looked_at]
+    per_byte = sum(counts) / max(1, sum(lengths[i] for i in looked_at))
+    return round(sum(lengths) * per_byte), max(max(counts), round(max(lengths) * per_byte))
+
+
+def _length(shard: Shard) -> int:
+    files, path = fsspec.core.url_to_fs(shard.url)
+    return int(files.size(path))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Seconds and bytes of one sample, and the bytes that a shard takes besides."""
+
+    seconds: float
+    of_sample: float
+    of_shard: float
+    where: str
+
+
+def _trial(worker: Worker, shard: Shard, folder: Path, missing: set[Column]) -> _Trial:
+    """Reinforces a batch, and then as many samples of the shard as fit into TRIAL_S: what came on top tells what a
+    sample costs without the start."""
+    first_num, first_s, *_ = _tried(worker, shard, worker.recipe.batch_size, folder, missing)
+    per_sample = first_s / max(1, first_num)
+    asked = min(MOST, max(2 * worker.recipe.batch_size, int(TRIAL_S / max(per_sample, 1e-6))))
+    num, seconds, chunks, metadata = _tried(worker, shard, asked, folder, missing)
+    if num > first_num and seconds > first_s:
+        per_sample = (seconds - first_s) / (num - first_num)
+    device = next(iter(worker.teachers.values())).frozen.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
+    where = f"{place}, {num} samples, batches of {worker.recipe.batch_size}, one worker"
+    return _Trial(per_sample, chunks / max(1, num), metadata, where)
+
+
+def _tried(worker: Worker, shard: Shard, num: int, folder: Path, missing: set[Column]) -> tuple[int, float, int, int]:
+    """Of the first `num` samples of a shard: how many there are, seconds, bytes of their chunks, and of metadata."""
+    tar = str(folder / f"first{num}.tar")
+    shards.write(tar, islice(shards.read_parts(shard, IMAGES + CAPTIONS), num))
+    [few] = shards.expand(tar)
+    if set(worker.columns) - missing:  # what is in the store already costs nothing: make it before the clock runs
+        worker.reinforce(few)
+        for column in missing:
+            worker.store.remove(few.name, column)
+    start = time.monotonic()
+    report = worker.reinforce(few)
+    seconds = time.monotonic() - start
+    objects = worker.store.objects
+    chunks = sum(worker.store.stored_bytes(few.name, column) for column in missing)
+    there = sum(objects.total_bytes(f"{few.name}/{column}") for column in set(worker.columns) - missing)
+    return report.read, seconds, chunks, objects.total_bytes(few.name) - there - chunks
+
+
+def _expected_bytes(worker: Worker, missing: set[Column]) -> tuple[float, float]:
+    """Of one sample, and of a shard besides, without having any: embeddings shrink as random directions do."""
+    of_sample = 0.0
+    for column in missing:
+        shrunk = 1.0
+        if column.teacher:
+            directions = np.random.default_rng(0).normal(size=(512, worker.teachers[column.teacher].width))
+            directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+            array = directions.astype(ml_dtypes.bfloat16)
+            shrunk = len(arrays.encode(array, 0)["c.0.0"]) / array.nbytes
+        of_sample += shrunk * _bytes_of_row(worker, column)
+    return of_sample, 2000.0 * len(missing)
+
+
+def _stages(worker: Worker, missing: set[Column]) -> dict[str, dict[str, float]]:
+    """For each model TFLOP per sample, counted while it answers one batch."""
+    recipe, stages = worker.recipe, dict[str, dict[str, float]]()
+    for name, teacher in worker.teachers.items():
+        views = sum(v.num_views for s, v in recipe.view_sets.items() if Column("view", s, name) in missing)
+        texts = sum(num for s, num in recipe.text_sets.items() if Column("text", s, name) in missing)
+        view = np.zeros((1, teacher.image_px, teacher.image_px, 3), np.uint8)
+        if views:
+            stages[f"{name}, {views} views"] = {
+                "tflop": views * _tflop(teacher.encode_images, view) / worker.recipe.batch_size
+            }
+        if texts:
+            stages[f"{name}, {texts} texts"] = {
+                "tflop": texts * _tflop(teacher.encode_texts, ["a"]) / worker.recipe.batch_size
+            }
+    for name, captioner in worker.captioners.items():
+        if Column("text", name, "caption") in missing:
+            size = captioner.frozen.image_px
+            image = torch.zeros(1, 3, size, size)
+            num = recipe.captioners[name].num_captions
+            tflop = _tflop(captioner.caption, image, recipe.seed, name, ["a"]) / worker.recipe.batch_size
+            stages[f"{name}, {num} captions"] = {"tflop": tflop}
+    return stages
+
+
+def _tflop(call: Callable[..., Any], *inputs: Any) -> float:
+    """Of one call, with a whole batch: teachers and captioners pad theirs."""
+    with FlopCounterMode(display=False) as counter:
+        call(*inputs)
+    return float(counter.get_total_flops()) / 1e12
+
+
+def _memory(worker: Worker, rows: int, missing: set[Column]) -> float:
+    """Bytes that a worker needs: its models, the answers of a shard, and while the largest column is committed, that
+    column whole, as it is encoded and as the object that is put. Decoded pictures and activations come on top."""
+    sizes = [rows * _bytes_of_row(worker, column) for column in missing]
+    held = [*(t.frozen for t in worker.teachers.values()), *(c.frozen for c in worker.captioners.values())]
+    weights = sum(p.numel() * p.element_size() for frozen in held for p in frozen.model.parameters())
+    return float(weights + sum(sizes) + 3 * max(sizes, default=0))
+
+
+def _bytes_of_row(worker: Worker, column: Column) -> int:
+    if column.kind == "sample":
+        return 64
+    items = column.num_items(worker.recipe)
+    if column.teacher:
+        return items * 2 * int(worker.teachers[column.teacher].width)
+    of_others: dict[str, int] = {"caption": 120, "pixels": 8, "augment": 80}
+    return items * of_others[column.part]
