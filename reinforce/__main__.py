@@ -265,6 +265,22 @@ def redo(
     raise typer.Exit(0 if report.sound else 1)
 
 
+@app.command()
+def upgrade(
+    store: StoreArgument,
+    to: Annotated[str, typer.Option("--to", help="where the new store goes")],
+    shards: Annotated[str, typer.Option(help="the tars that it was made from")],
+    json_: JsonOption = False,
+) -> None:
+    """Make a store of format 2 out of one that version 0.1 wrote: the same columns, and digests from the tars."""
+    from reinforce.check.upgrade import upgrade as renew
+
+    with errors_as_sentences():
+        report = asdict(renew(store, to, shards))
+        print(json.dumps(report)) if json_ else print_tree(report)
+    raise typer.Exit(1 if report["failed"] else 0)
+
+
 def _print_repair(report: "RepairReport", store: str, json_: bool) -> None:
     if json_:
         print(json.dumps(asdict(report)))

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from reinforce.__main__ import app as reinforce
 from reinforce.config import Teacher as Config
+from reinforce.data import shards
 from reinforce.models.open_clip import get_tokenizer, open_clip
 from reinforce.models.teacher import Teacher
 from reinforce.store.store import Store
@@ -116,6 +117,41 @@ def test_what_a_run_adds_is_checked_and_the_rest_is_read_as_before() -> None:
     assert store.attributes("00000", "view/base/clip")["shard"] == "00000"
     assert "shard" not in store.attributes("00001", "view/base/clip")
     assert answer(reinforce, "verify", "store.zarr")["corrupt"] == []
+
+
+def test_it_is_upgraded_beside_itself() -> None:
+    """The same columns, with what was missing; it is then as strict as one that was written anew, and goes on."""
+    before = tiny.tree("store.zarr")
+    told = answer(reinforce, "upgrade", "store.zarr", "--to", "new.zarr", "--shards", TARS)
+    assert (told["shards"], told["done"], told["failed"]) == (2, 2, []) and tiny.tree("store.zarr") == before
+    old, new = Store("store.zarr"), Store("new.zarr")
+    for column in old.promised().columns():
+        a, b = (store.read("00000", column) for store in (old, new))
+        assert a.dtype == b.dtype and (a.tolist() == b.tolist() if a.dtype == object else a.tobytes() == b.tobytes())
+    assert answer(reinforce, "verify", "new.zarr", "--shards", TARS, "--strict")["unchecked"] == []
+    whole = tiny.tree("new.zarr")
+    assert answer(reinforce, "upgrade", "store.zarr", "--to", "new.zarr", "--shards", TARS)["done"] == 2
+    assert tiny.tree("new.zarr") == whole and run("new.zarr")["already_there"] == 2
+    Store("new.zarr").remove("00001", "view/base/clip")
+    assert run("new.zarr")["done"] == 1
+    code, _, err = here(reinforce, "upgrade", "new.zarr", "--to", "x.zarr", "--shards", TARS)
+    assert code == 2 and "is of format 2 already" in err
+
+
+def test_other_images_are_not_taken_for_those_of_the_store() -> None:
+    first, second = TARS.split("::")
+    edited = list(shards.read_parts(shards.expand(second)[0], ("jpg", "png", "txt")))
+    pictures = [parts[next(iter(parts))] for _, parts in edited]
+    for (_, parts), picture in zip(edited, pictures[1:] + pictures[:1], strict=True):
+        parts[next(iter(parts))] = picture
+    Path("other").mkdir()
+    shards.write(f"other/{second}", edited)
+    code, out, _ = here(
+        reinforce, "upgrade", "store.zarr", "--to", "new.zarr", "--shards", f"{first}::other/{second}", "--json"
+    )
+    told = json.loads(out)
+    assert code == 1 and told["done"] == 1 and len(told["failed"]) == 1
+    assert told["failed"][0].startswith("00001: ") and Store("new.zarr").shards() == ["00000"]
 
 
 def assert_same_embeddings(a: np.ndarray, b: np.ndarray) -> None:

@@ -72,12 +72,15 @@ def _other_tar(store: Store, shard: Shard) -> Failure | None:
         return Failure(shard.name, 0, str(error))
     if of_store == of_tar:
         return None
+    lengths = of_tar["bytes"], of_store["bytes"]
+    differs = "it begins or ends with other bytes"
+    if lengths[0] != lengths[1]:
+        differs = f"it has {lengths[0]} bytes, and that one had {lengths[1]}"
     return Failure(
         shard.name,
         0,
-        f"{shard.url} is not the tar that group {shard.name} was made from: it has {of_tar['bytes']} bytes and that "
-        f"one had {of_store['bytes']}, or its ends differ; use another STORE, or reinforce this one in its place with "
-        "`clip-reinforce redo`",
+        f"{shard.url} is not the tar that group {shard.name} was made from: {differs}; use another STORE, or reinforce "
+        "this tar in its place with `clip-reinforce redo`",
     )
 
 

@@ -113,13 +113,14 @@ class Manifest:
         return replace(asked, models=models, augment_fields=fields, format_version=self.format_version)
 
     def check(self, asked: "Manifest", where: str) -> None:
-        """The same, models included; format 1 said less of a model, and only that much is compared."""
-        models = asked.models
-        if self.format_version == 1:
-            models = {
-                kind: {name: {k: v for k, v in says.items() if k not in LATER} for name, says in of_kind.items()}
-                for kind, of_kind in models.items()
+        """The same, models included; format 1 said less of a model, and only what is said is compared."""
+        models = {
+            kind: {
+                name: {k: v for k, v in says.items() if k not in LATER or k in self.models[kind].get(name, LATER)}
+                for name, says in of_kind.items()
             }
+            for kind, of_kind in asked.models.items()
+        }
         _compare({"recipe": self.recipe, "models": self.models}, {"recipe": asked.recipe, "models": models}, where)
 
 
