@@ -29,7 +29,7 @@ require = $(if $(named),$(if $(missing),echo "make $@: name $(missing) as well; 
 everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
 .PHONY: help setup setup-gpu reinforce train verify info submit samples picture test test-fast test-slow coverage \
-	chaos corrupt check pins format bench clean
+	chaos corrupt simulate check pins format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -93,6 +93,9 @@ test-slow: setup ## the tests at full architecture size: memory and minutes
 
 coverage: setup ## the tests, and which lines they ran: a table, and pages in htmlcov/
 	@$(PY) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered --cov-report=html
+
+simulate: setup ## runs of several writers with faults, in memory: nothing lost, torn or changed (RUNS=10000)
+	@RUNS=$(or $(RUNS),10000) $(PY) -m pytest -n auto tests/test_simulation.py
 
 corrupt: setup ## damage a store in 2000 ways, one after the other: all found, none read, all mended to the same bytes
 	@DAMAGES=$(or $(DAMAGES),2000) $(PY) -m pytest -n auto tests/test_repair.py -k any_damage

@@ -63,7 +63,8 @@ class Store:
         """The store's manifest, or None where there is no store yet. Raises StoreError if it is not one of ours, or is
         not as it was written, or has been lost."""
         manifest = self._read_manifest()
-        if manifest is None and (shards := self.shards()):
+        # A manifest comes before any shard. So where there are shards, it may have come since it was looked for.
+        if manifest is None and (shards := self.shards()) and not (manifest := self._read_manifest()):
             raise StoreError(
                 f"{self.url} holds '{shards[0]}' and no {METADATA}: its manifest is lost, or it is no store; restore "
                 "that file, or give another STORE"

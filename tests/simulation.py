@@ -1,0 +1,318 @@
+"""Runs of several writers on one store, simulated: every operation of the store may be the last of its writer, or fail,
+or be the moment when another writer goes on.
+
+The writers are real workers: `Worker.reinforce` reads a real tar and commits through a real `Store`. Only what they
+would wait for is replaced: the objects lie in memory, and models answer at once. A seed decides everything: who goes on
+after each operation, who dies, which operation fails. So a run that goes wrong can be run again.
+"""
+
+import errno
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
+from reinforce.data.shards import Shard
+from reinforce.run.worker import Worker
+from reinforce.store import arrays
+from reinforce.store.manifest import Manifest
+from reinforce.store.store import Store
+from tests import tiny
+
+RECIPE = Recipe(
+    name="simulated",
+    teachers={"one": Teacher(model="x"), "two": Teacher(model="y")},
+    captioners={"coca": Captioner(model="z", num_captions=2)},
+    view_sets={"base": ViewSet(num_views=2, view_px=8)},
+    batch_size=4,
+)
+WIDTH = 4
+
+
+class Killed(BaseException):
+    """The writer's process is gone: nothing of it runs any more, no `finally` that writes."""
+
+
+@dataclass
+class Disk:
+    """The objects that all writers see. `committed`: columns whose metadata have been there, with what they were."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)
+    committed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def put(self, path: str, data: bytes) -> bool:
+        if path in self.objects:
+            return False
+        self.objects[path] = data
+        folder, _, name = path.rpartition("/")
+        if name == arrays.METADATA and folder.count("/") != 0 and b'"array"' in data:
+            self.committed[folder] = self._column(folder)
+        return True
+
+    def remove(self, path: str) -> None:
+        folder = path.rpartition("/")[0]
+        if folder in self.committed:
+            self.faults.append(f"{path} of a committed column was removed")
+        self.objects.pop(path, None)
+
+    def check(self) -> None:
+        for folder, was in self.committed.items():
+            if self._column(folder) != was:
+                self.faults.append(f"{folder} was changed after it had been committed")
+
+    def _column(self, folder: str) -> dict[str, bytes]:
+        return {path: data for path, data in self.objects.items() if path.rpartition("/")[0] == folder}
+
+
+class Objects:
+    """The interface of `reinforce.store.objects.Objects`, over a Disk; before and after each operation of a writer the
+    scheduler is asked."""
+
+    local = False
+
+    def __init__(self, disk: Disk, pause: Callable[[str], None]) -> None:
+        self.url = self.root = "simulated"
+        self.disk, self._pause = disk, pause
+
+    def get(self, path: str) -> bytes:
+        self._pause(f"get {path}")
+        if path not in self.disk.objects:
+            raise FileNotFoundError(path)
+        return self.disk.objects[path]
+
+    def exists(self, path: str) -> bool:
+        self._pause(f"exists {path}")
+        return path in self.disk.objects
+
+    def files(self, folder: str) -> list[str]:
+        self._pause(f"list {folder}")
+        prefix = f"{folder}/" if folder else ""
+        names = (path.removeprefix(prefix) for path in self.disk.objects if path.startswith(prefix))
+        return sorted(name for name in names if "/" not in name)
+
+    def folders(self, folder: str = "") -> list[str]:
+        self._pause(f"list {folder}")
+        return sorted({path.partition("/")[0] for path in self.disk.objects if "/" in path})
+
+    def tree(self, folder: str) -> list[str]:
+        self._pause(f"list {folder}")
+        prefix = f"{folder}/"
+        return sorted(path.removeprefix(prefix) for path in self.disk.objects if path.startswith(prefix))
+
+    def create(self, path: str, data: bytes) -> bool:
+        self._pause(f"before create {path}")
+        created = self.disk.put(path, data)
+        self._pause(f"after create {path}")
+        return created
+
+    def remove(self, path: str) -> None:
+        self._pause(f"before remove {path}")
+        self.disk.remove(path)
+        self._pause(f"after remove {path}")
+
+    def sync(self, folder: str) -> None: ...
+
+
+class FakeTeacher:
+    """Embeddings that tell what they are of. `kind` is the device: it moves the last bit of one number."""
+
+    image_px, width = 8, WIDTH
+
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
+
+    def encode_images(self, views: np.ndarray) -> np.ndarray:
+        return self._of([view.tobytes() for view in views])
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        return self._of([text.encode() for text in texts])
+
+    def _of(self, things: list[bytes]) -> np.ndarray:
+        rows = [np.random.default_rng(list(thing[:64]) + [1]).normal(size=WIDTH - 1) for thing in things]
+        return np.array([[*row, self.kind] for row in rows]).astype(ml_dtypes.bfloat16)
+
+
+class FakeCaptioner:
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
+
+    def preprocess(self, picture: Any) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def caption(self, inputs: Any, seed: int, set_name: str, keys: list[str]) -> list[list[str]]:
+        return [[f"{key} {index} as seen by {self.kind}" for key in keys] for index in range(2)]
+
+
+class SimulatedStore(Store):
+    """A Store over objects in memory."""
+
+    def __init__(self, objects: Objects) -> None:
+        super().__init__("memory://simulated")
+        self.objects, self._disk = objects, objects.disk  # type: ignore[assignment]
+
+    def _zarr(self) -> MemoryStore:
+        buffer = default_buffer_prototype().buffer
+        there = {path: buffer.from_bytes(data) for path, data in self._disk.objects.items()}
+        return MemoryStore(there, read_only=True)
+
+
+@lru_cache(4096)
+def _encoded(data: bytes, dtype: str, shape: tuple[int, ...], row_axis: int) -> dict[str, bytes]:
+    array = np.array(data.decode().split("\0")[:-1], object) if dtype == "O" else np.frombuffer(data, np.dtype(dtype))
+    return ENCODE(array.reshape(shape), row_axis)
+
+
+def encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
+    """`arrays.encode`, which gives the same for the same array, and takes most of the time of a simulation."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return dict(_bfloat16(array.tobytes(), array.shape, row_axis))
+    data = "".join(f"{text}\0" for text in array.ravel()).encode() if array.dtype == object else array.tobytes()
+    return dict(_encoded(data, array.dtype.str.strip("|"), array.shape, row_axis))
+
+
+@lru_cache(4096)
+def _bfloat16(data: bytes, shape: tuple[int, ...], row_axis: int) -> dict[str, bytes]:
+    return ENCODE(np.frombuffer(data, ml_dtypes.bfloat16).reshape(shape), row_axis)
+
+
+ENCODE = arrays.encode
+
+
+@lru_cache(1)
+def tars(folder: str) -> list[Shard]:
+    return [Shard(f"{i:05d}", tiny.tar(Path(folder) / f"{i:05d}.tar", 3, seed=i)) for i in range(2)]
+
+
+def worker(objects: Objects, kind: int) -> Worker:
+    """A real one but for its models, on a device of that kind."""
+    made = Worker.__new__(Worker)
+    made.recipe, made.options, made.threads = RECIPE, RunOptions(device="cpu"), 1
+    made.store = SimulatedStore(objects)
+    made.teachers = {name: FakeTeacher(kind) for name in RECIPE.teachers}  # type: ignore[misc]
+    made.captioners = {"coca": FakeCaptioner(kind)}  # type: ignore[dict-item]
+    made._models = threading.Lock()
+    models: dict[str, dict[str, Any]] = {"teachers": {"one": {}, "two": {}}, "captioners": {"coca": {}}}
+    made.store.promise(Manifest.of(RECIPE, models))
+    made.columns = made.store.promised().columns()
+    return made
+
+
+class Scheduler:
+    """One writer runs at a time. After each operation the seed says which goes on, and what befalls it."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng, self.turn = rng, threading.Condition()
+        self.alive: list[int] = []
+        self.now = -1
+        self.log: list[str] = []
+
+    def pause(self, writer: int, operation: str, risky: bool) -> None:
+        with self.turn:
+            self.log.append(f"writer {writer}: {operation}")
+            fate = self.rng.random() if risky else 1.0
+            if fate < 0.004:
+                self.log.append(f"writer {writer} is killed")
+                raise Killed
+            if fate < 0.012:
+                self.log.append(f"writer {writer}: no space")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if self.rng.random() < 0.4:
+                self._pass_on()
+            while self.now != writer:
+                self.turn.wait()
+
+    def leave(self, writer: int) -> None:
+        with self.turn:
+            self.alive.remove(writer)
+            self._pass_on()
+
+    def begin(self, writer: int) -> None:
+        with self.turn:
+            while self.now != writer:
+                self.turn.wait()
+
+    def _pass_on(self) -> None:
+        self.now = self.rng.choice(self.alive) if self.alive else -1
+        self.turn.notify_all()
+
+
+def simulate(seed: int, folder: str) -> tuple[list[str], list[str]]:
+    """Faults, and what happened before them."""
+    rng = random.Random(seed)
+    disk, scheduler = Disk(), Scheduler(rng)
+    kinds = [rng.randrange(2) for _ in range(rng.choice((1, 2, 3)))]
+    scheduler.alive = list(range(len(kinds)))
+
+    def write(number: int) -> None:
+        scheduler.begin(number)
+        try:
+            made = worker(Objects(disk, lambda operation: scheduler.pause(number, operation, True)), kinds[number])
+            for shard in rng.sample(tars(folder), 2):
+                for _ in range(3):  # as the driver does
+                    try:
+                        made.reinforce(shard)
+                        break
+                    except OSError:
+                        continue
+        except (Killed, OSError):
+            pass
+        except Exception as error:  # a fault of ours, whatever it is: it is told with its seed
+            disk.faults.append(f"writer {number}: {type(error).__name__}: {error}")
+        finally:
+            scheduler.leave(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in scheduler.alive]
+    for thread in threads:
+        thread.start()
+    with scheduler.turn:
+        scheduler._pass_on()
+    for thread in threads:
+        thread.join(60)
+        if thread.is_alive():
+            return [f"seed {seed}: a writer hangs"], scheduler.log
+    calm = worker(Objects(disk, lambda operation: None), rng.randrange(2))
+    for shard in tars(folder):
+        if error := calm.reinforce(shard).error:
+            disk.faults.append(error)
+    disk.check()
+    disk.faults += wrong(calm.store, tars(folder))
+    return [f"seed {seed}: {fault}" for fault in disk.faults], scheduler.log
+
+
+def wrong(store: Store, listed: list[Shard]) -> Iterator[str]:
+    """What is not as one writer alone would have left it."""
+    for shard in listed:
+        columns = store.promised().columns()
+        if absent := store.missing(shard.name, columns):
+            yield f"{shard.name}: {absent} are lost"
+            continue
+        data = store.identity(shard.name)
+        read = {str(column): store.read(shard.name, column, None, data) for column in columns}
+        captions = read["text/coca/caption"]
+        for name in RECIPE.teachers:
+            for path, expected in (
+                (f"text/coca/{name}", [FakeTeacher(0).encode_texts(row.tolist()) for row in captions]),
+                (
+                    f"text/original/{name}",
+                    [FakeTeacher(0).encode_texts(r.tolist()) for r in read["text/original/caption"]],
+                ),
+            ):
+                if not np.array_equal(read[path][..., :-1], np.array(expected)[..., :-1]):
+                    yield f"{shard.name}/{path}: embeddings of other texts than those stored"
+        for path, array in read.items():
+            kinds = set(array[..., -1].astype(float).ravel()) if path.endswith(("/one", "/two")) else {0.0}
+            if path == "text/coca/caption":
+                kinds = {float(text[-1]) for text in array.ravel()}
+            if len(kinds) != 1:
+                yield f"{shard.name}/{path}: rows of two writers"
