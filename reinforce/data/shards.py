@@ -7,6 +7,7 @@ and a tar that is not whole is an error.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -175,10 +176,16 @@ def stamp(url: str) -> dict[str, int | str]:
     """What tells one tar from another without reading it: its length in `bytes`, and `ends`, a hash of its first and
     last 16 KiB. The same for every copy of the tar. Raises ShardError where it cannot be reached."""
     try:
-        files, path = fsspec.core.url_to_fs(url)
-        length = int(files.size(path))
-        first = files.cat_file(path, start=0, end=min(_END, length))
-        ends = first + files.cat_file(path, start=max(0, length - _END), end=length)
+        if os.path.isfile(url):  # a run looks at every tar that it has done before: of thousands, each ms counts
+            with open(url, "rb") as file:
+                length, first = os.fstat(file.fileno()).st_size, file.read(_END)
+                file.seek(max(0, length - _END))
+                ends = first + file.read(_END)
+        else:
+            files, path = fsspec.core.url_to_fs(url)
+            length = int(files.size(path))
+            first = files.cat_file(path, start=0, end=min(_END, length))
+            ends = first + files.cat_file(path, start=max(0, length - _END), end=length)
     except OSError as error:
         raise ShardError(f"{url}: cannot be read: {error}; check the path and your access to it") from error
     return {"bytes": length, "ends": hashlib.sha256(ends).hexdigest()[:32]}

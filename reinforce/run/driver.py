@@ -17,7 +17,7 @@ from reinforce.errors import ConfigError, Corrupt, NotCommitted, ShardError
 from reinforce.progress import Progress
 from reinforce.run.on_ray import Crew
 from reinforce.run.reports import Failure, RunReport, ShardReport
-from reinforce.store.columns import CLASSES, DIGEST, class_columns, columns
+from reinforce.store.columns import CLASSES, DIGEST, Column, class_columns, columns
 from reinforce.store.store import Store
 
 if TYPE_CHECKING:
@@ -38,12 +38,8 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     if manifest:
         manifest.check_recipe(recipe, store_url, options.extend)
     wanted = columns(recipe, manifest.format_version) if manifest else columns(recipe)
-    with ThreadPoolExecutor(16) as pool:
-        missing = list(pool.map(lambda shard: bool(store.missing(shard.name, wanted)), listed))
-        todo = [shard for shard, is_missing in zip(listed, missing, strict=True) if is_missing]
-        there = [shard for shard, is_missing in zip(listed, missing, strict=True) if not is_missing]
-        others = [why for why in pool.map(lambda shard: _other_tar(store, shard), there) if why]
-    report = RunReport(store_url, len(listed), len(there) - len(others), failed=others)
+    todo, others = _planned(store, listed, wanted)
+    report = RunReport(store_url, len(listed), len(listed) - len(todo) - len(others), failed=others)
     if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
         if not os.environ.get("RAY_ADDRESS"):
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
@@ -58,6 +54,19 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     store.objects.sweep()
     report.seconds = time.monotonic() - start
     return report
+
+
+def _planned(store: Store, listed: list[Shard], wanted: list[Column]) -> tuple[list[Shard], list[Failure]]:
+    """The shards that lack a column, and those that are whole and of another tar."""
+
+    def looked_at(shard: Shard) -> bool | Failure | None:
+        return bool(store.missing(shard.name, wanted)) or _other_tar(store, shard)
+
+    with ThreadPoolExecutor(16) as pool:
+        # On a local disk nobody waits, and threads would only stand in each other's way.
+        found = list(map(looked_at, listed) if store.objects.local else pool.map(looked_at, listed))
+    todo = [shard for shard, state in zip(listed, found, strict=True) if state is True]
+    return todo, [state for state in found if isinstance(state, Failure)]
 
 
 def _other_tar(store: Store, shard: Shard) -> Failure | None:

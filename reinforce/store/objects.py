@@ -40,6 +40,9 @@ class Objects:
     def get(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
         try:
+            if self.local:  # a tenth of the time that fsspec takes, and a run reads one for each shard
+                with open(self._at(path), "rb") as file:
+                    return file.read()
             data: bytes = self._fs.cat_file(self._at(path))
         except NotADirectoryError:
             raise StoreError(f"{self.url} is a file, and a store is a folder; give another STORE") from None

@@ -37,9 +37,7 @@ GROUP = _group_json({})
 
 
 def _manifest_json(manifest: Manifest) -> bytes:
-    root = json.loads(_group_json({"reinforce": manifest.to_json()}))
-    root["attributes"]["checksum"] = _checksum(root)
-    return json.dumps(root, indent=2).encode()
+    return _sealed(json.loads(_group_json({"reinforce": manifest.to_json()})))
 
 
 def _extension(number: int) -> str:
@@ -56,6 +54,7 @@ class Store:
         self.objects = Objects(url)
         self._manifest: Manifest | None = None
         self._num_extensions = 0
+        self._promises: dict[Column, str] = {}  # of a column they never change, whatever a store grows by
 
     # -- manifest ------------------------------------------------------------------------------------------------
 
@@ -110,7 +109,8 @@ class Store:
 
     def _manifest_at(self, path: str) -> Manifest | None:
         try:
-            root = json.loads(self.objects.get(path))
+            written = self.objects.get(path)
+            root = json.loads(written)
             attributes = root.get("attributes", {})
             tree = attributes.get("reinforce")
         except FileNotFoundError:
@@ -120,7 +120,7 @@ class Store:
         if tree is None:
             raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
         manifest = Manifest.from_json(tree, self.url)
-        if manifest.format_version > 1 and attributes.get("checksum") != _checksum(root):
+        if manifest.format_version > 1 and not _is_sealed(written, attributes):
             raise StoreError(f"{self.url}/{path} is not as it was written; restore it, or give another STORE")
         return manifest
 
@@ -161,9 +161,7 @@ class Store:
             attributes |= {"num_chunks": 1, **arrays.record(stored, metadata)}
         if objects:
             self.objects.sync(folder)
-        metadata["attributes"] = attributes
-        metadata["attributes"]["checksum"] = _checksum(metadata)
-        written = json.dumps(metadata, indent=2).encode()
+        written = _sealed(metadata | {"attributes": attributes})
         if not self.objects.create(f"{folder}/{METADATA}", written):
             ours = ours and self.objects.get(f"{folder}/{METADATA}") == written
         self.objects.sync(folder)
@@ -243,8 +241,9 @@ class Store:
 
     def _binding(self, shard: str, column: Column) -> dict[str, Any]:
         """What a column of this store says of whose it is."""
-        manifest = self._read_manifest()
-        return {"shard": shard, "column": str(column), "promise": manifest.promise(column) if manifest else ""}
+        if column not in self._promises and (manifest := self._read_manifest()):
+            self._promises[column] = manifest.promise(column)
+        return {"shard": shard, "column": str(column), "promise": self._promises.get(column, "")}
 
     def _metadata(self, shard: str, column: Column | str) -> tuple[bytes, dict[str, Any]]:
         """The `zarr.json` of a column as it is written, and read; that it is this column's has been checked."""
@@ -264,7 +263,7 @@ class Store:
         manifest = self._read_manifest()
         if manifest and manifest.format_version == 1 and "checksum" not in attributes:
             return written, metadata  # it says less of itself
-        if not sound or attributes.get("checksum") != _checksum(metadata):
+        if not sound or not _is_sealed(written, attributes):
             raise Corrupt(f"{self.url}: {path}/{METADATA} is not as it was written; verify the store")
         for what, expected in self._binding(shard, Column.at(str(column))).items():
             if attributes[what] != expected:
@@ -313,7 +312,18 @@ def identity(keys: Iterable[str], digests: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
-def _checksum(metadata: dict[str, Any]) -> str:
-    """Of a column's metadata, itself left out."""
-    attributes = {k: v for k, v in metadata["attributes"].items() if k != "checksum"}
-    return hashlib.sha256(json.dumps(metadata | {"attributes": attributes}, sort_keys=True).encode()).hexdigest()[:32]
+def _sealed(metadata: dict[str, Any]) -> bytes:
+    """A `zarr.json` whose attributes have a `checksum` of all its bytes but those of the checksum itself."""
+    attributes = metadata["attributes"] | {"checksum": ""}
+    text = json.dumps(metadata | {"attributes": attributes}, indent=2).encode()
+    return text.replace(_seal(""), _seal(hashlib.sha256(text).hexdigest()[:32]), 1)
+
+
+def _is_sealed(written: bytes, attributes: dict[str, Any]) -> bool:
+    found = str(attributes.get("checksum"))
+    return hashlib.sha256(written.replace(_seal(found), _seal(""), 1)).hexdigest()[:32] == found
+
+
+def _seal(checksum: str) -> bytes:
+    # No other key can look like this: within a JSON string its quotes would be escaped.
+    return f'"checksum": "{checksum}"'.encode()
