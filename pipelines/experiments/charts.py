@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from pipelines.experiments import grid
 from pipelines.experiments.grid import Table
 
 COLOURS = ("#9aa5b1", "#7fb3d5", "#2166ac", "#08306b", "#d6604d", "#5aae61", "#762a83")
+WORDS = 100  # letters that fit side by side below the bars
 INK = "#1f2933"
 
 
@@ -32,7 +34,8 @@ def bars(path: Path, groups: Mapping[str, Table], metric: str, title: str, ylabe
                 axes.errorbar(x, mean, statistics.stdev(shares), color=INK, capsize=3, lw=1)
             axes.plot([x] * len(shares), shares, "o", color=INK, markersize=2.5, alpha=0.6)
             named.add(label)
-    axes.set_xticks(range(len(groups)), [name.replace(", ", "\n") for name in groups])
+    width = round(WORDS / len(groups))
+    axes.set_xticks(range(len(groups)), ["\n".join(wrap(name.replace("_", " "), width)) for name in groups], fontsize=8)
     _save(figure, axes, path)
 
 
@@ -60,5 +63,5 @@ def _page(title: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, axes: Axes, path: Path) -> None:
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
