@@ -53,6 +53,13 @@ ThreadsOption = Annotated[
         "at most 8"
     ),
 ]
+HungOption = Annotated[
+    float | None,
+    typer.Option(
+        help="seconds of silence after which a worker is given up; by default ten times what the slowest shard took, "
+        "and at least 300"
+    ),
+]
 StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")]
 WorkersOption = Annotated[
@@ -76,11 +83,12 @@ def run(
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
+    hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
-    options = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
-    _run(shards, store, recipe, set_, options | {"decode_threads": decode_threads}, json_)
+    options: dict[str, Any] = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
+    _run(shards, store, recipe, set_, options | {"decode_threads": decode_threads, "hung_after": hung_after}, json_)
 
 
 @app.command()
@@ -94,12 +102,14 @@ def extend(
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
+    hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
     there stays as it is, and may be read meanwhile."""
-    options = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
-    _run(shards, store, recipe, set_, options | {"decode_threads": decode_threads, "extend": True}, json_)
+    options: dict[str, Any] = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
+    options |= {"decode_threads": decode_threads, "hung_after": hung_after, "extend": True}
+    _run(shards, store, recipe, set_, options, json_)
 
 
 @app.command()

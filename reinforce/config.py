@@ -198,6 +198,12 @@ class RunOptions(Config):
         description="threads of a worker that decode and augment; by default 2, and with a GPU its share of the cores, "
         "at most 8",
     )
+    hung_after: float | None = Field(
+        None,
+        gt=0,
+        description="seconds of silence after which a worker is given up; by default ten times what the slowest shard "
+        "took, and at least 300",
+    )
     extend: bool = Field(
         False, description="add what the recipe has and the store has not: teachers, captioners, view sets, class sets"
     )

@@ -1,6 +1,8 @@
 """Runs on a real local Ray: the same bytes for any number of workers and any order; what is done is not done again."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,25 @@ def test_a_worker_with_a_gpu_that_its_torch_cannot_use_ends_the_run(
 def test_wrong_numbers_of_workers_get_a_sentence(recipe: Recipe, tmp_path: Path, workers: str) -> None:
     with pytest.raises(ConfigError, match="--workers"):
         driver.run("x.tar", str(tmp_path / "s"), recipe, RunOptions(workers=workers))
+
+
+def test_a_worker_that_hangs_is_given_up_and_its_shards_are_done(recipe: Recipe, tmp_path: Path) -> None:
+    """Stopped, it is as one whose file system or GPU never answers. Woken up later, it changes nothing."""
+    tars = "::".join(tiny.tar(tmp_path / f"in/{i:05d}.tar", 9, seed=i) for i in range(6))
+    driver.run(tars, str(tmp_path / "calm"), recipe, RunOptions(workers="0", device="cpu"))
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    run = Run(tars, tmp_path / "s", tmp_path / "recipe.json", "2", "--hung-after", "15")
+    while not list((tmp_path / "s").glob("0*/key/zarr.json")) and run.process.poll() is None:
+        time.sleep(0.02)
+    stopped = run.workers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    code, out, err = run.wait()
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["done"], told["failed"], told["workers_lost"]) == (6, [], 1), err
+    assert "it has been silent for" in err
+    assert tiny.tree(tmp_path / "s") == tiny.tree(tmp_path / "calm")
+    run.gone()
 
 
 @pytest.mark.parametrize("victim", ["worker", "driver", "everything"])

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 1.0  # how often the crew is checked when nothing happens
 _PATIENCE_S = 60.0  # without any worker for so long, say so
+_HUNG_TIMES, _HUNG_LEAST_S = 10.0, 300.0  # a worker that is silent for so long is given up: see RunOptions.hung_after
 _MAX_FAILED_STARTS = 3  # workers in a row that died before they were ready
 
 
@@ -42,11 +43,13 @@ class RemoteWorker:
 
 @dataclass
 class _Member:
-    """One actor: not ready while `loading` is set; `shards` are the calls it has not answered."""
+    """One actor: not ready while `loading` is set; `shards` are the calls it has not answered, `heard` is when it last
+    answered or was given something to do after it had nothing."""
 
     actor: Any
     loading: Any
     shards: dict[Any, Shard] = field(default_factory=dict)
+    heard: float = field(default_factory=time.monotonic)
 
 
 class Crew:
@@ -58,6 +61,7 @@ class Crew:
         self.members: list[_Member] = []
         self.num_lost = 0
         self._failed_starts = 0
+        self._slowest_s = 0.0  # of all shards that were answered
 
     def reinforce(self, todo: list[Shard]) -> Iterator[tuple[ShardReport, int]]:
         """Each shard's last report and its number of tries, as they come.
@@ -99,7 +103,7 @@ class Crew:
             self._assign()
             calls = [ref for m in self.members for ref in ([m.loading] if m.loading else m.shards)]
             done, _ = self.ray.wait(calls, timeout=_TICK_S)
-            for report in self._answers(done):
+            for report in (*self._answers(done), *self._hung()):
                 num_left -= 1
                 yield report, self.tries[report.shard]
             if any(not member.loading for member in self.members):
@@ -129,6 +133,8 @@ class Crew:
                 if self.queue and len(member.shards) < depth and (depth == 1 or len(self.queue) >= len(self.members)):
                     shard = self.queue.popleft()
                     self.tries[shard.name] += 1
+                    if not member.shards:
+                        member.heard = time.monotonic()
                     member.shards[member.actor.reinforce.remote(shard)] = shard
 
     def _answers(self, done: list[Any]) -> Iterator[ShardReport]:
@@ -143,11 +149,27 @@ class Crew:
                 except self.ray.exceptions.RayError as error:
                     yield from self._lost(member, error)
                 else:
+                    member.heard = time.monotonic()
                     if member.loading:
                         member.loading, self._failed_starts = None, 0
                     else:
                         del member.shards[ref]
+                        self._slowest_s = max(self._slowest_s, answer.seconds)
                         yield answer
+
+    def _hung(self) -> Iterator[ShardReport]:
+        """Give up workers that have been silent for far longer than any shard has taken: a stopped process, a file
+        system or a GPU that never answers. Their shards are tried again; should they wake up, they change nothing."""
+        limit_s = self.options.hung_after
+        if limit_s is None:
+            if not self._slowest_s:
+                return  # nothing is known yet of how long a shard takes
+            limit_s = max(_HUNG_LEAST_S, _HUNG_TIMES * self._slowest_s)
+        for member in list(self.members):
+            silent_s = time.monotonic() - member.heard
+            if member.shards and silent_s > limit_s:
+                self.ray.kill(member.actor)
+                yield from self._lost(member, TimeoutError(f"it has been silent for {silent_s:.0f} s"))
 
     def _raised(self, member: _Member, ref: Any, error: Any) -> Iterator[ShardReport]:
         """The worker lives, its call raised: a request that is wrong ends the run, a shard gets another try."""
@@ -164,7 +186,7 @@ class Crew:
             raise ReinforceError(f"{self._failed_starts} workers in a row died while they loaded the models: {error}")
         log.warning("lost a worker with %d shards: %s", len(member.shards), str(error).splitlines()[0])
         for shard in member.shards.values():
-            yield from self._again(shard, "its worker died (out of memory, killed, or its node was lost)")
+            yield from self._again(shard, "its worker died or hung (out of memory, killed, stopped, or its node lost)")
 
     def _again(self, shard: Shard, reason: str) -> Iterator[ShardReport]:
         if self.tries[shard.name] < self.options.attempts:
