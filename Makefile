@@ -100,7 +100,7 @@ simulate: setup ## runs of several writers with faults, in memory: nothing lost,
 corrupt: setup ## damage a store in 2000 ways, one after the other: all found, none read, all mended to the same bytes
 	@DAMAGES=$(or $(DAMAGES),2000) $(PY) -m pytest -n auto tests/test_repair.py -k any_damage
 
-chaos: setup ## kill workers, driver and nodes at random moments, ten times, and compare every byte
+chaos: setup ## kill workers, driver and nodes at random, and commands at each operation; compare every byte
 	@$(PY) -m pytest -m chaos
 
 check: setup ## ruff and mypy
