@@ -299,7 +299,6 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     before = time.monotonic()
     worker = Worker(recipe(sizes), str(work / "stores/0"), RunOptions(workers="0", device=place.type))  # type: ignore[arg-type]
     answer.add(**card(place), loading_s=time.monotonic() - before, images=sizes.tars * sizes.batch, views=sizes.views)
-    promised = worker.store.promised()
     spent: dict[str, float] = {}
     for teacher in worker.teachers.values():
         teacher.encode_images = _counted(teacher.encode_images, spent, "image_towers_s")  # type: ignore[method-assign]
@@ -311,7 +310,7 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
         worker.threads = threads
         folder = work / f"stores/{threads}"
         worker.store = Store(str(folder))
-        worker.store.promise(promised)
+        worker.store.promise(worker.manifest)
         for shard in worker.store.shards():
             worker.store.objects.remove_folder(shard)
         start = time.monotonic()

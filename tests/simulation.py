@@ -203,8 +203,8 @@ def worker(objects: Objects, kind: int) -> Worker:
     made.captioners = {"coca": FakeCaptioner(kind)}  # type: ignore[dict-item]
     made._models = threading.Lock()
     models: dict[str, dict[str, Any]] = {"teachers": {"one": {}, "two": {}}, "captioners": {"coca": {}}}
-    made.store.promise(Manifest.of(RECIPE, models))
-    made.columns = made.store.promised().columns()
+    made.manifest = Manifest.of(RECIPE, models)
+    made.columns = made.manifest.columns()
     return made
 
 

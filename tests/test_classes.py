@@ -117,7 +117,7 @@ def test_other_classes_and_other_prompts_are_another_recipe(made, tmp_path: Path
 
 
 def test_a_store_from_before_there_were_classes_is_still_the_same(recipe: Recipe, tmp_path: Path) -> None:
-    Worker(recipe, str(tmp_path / "s"), CPU)
+    Worker(recipe, str(tmp_path / "s"), CPU).promise()
     path = tmp_path / "s/zarr.json"
     root = json.loads(path.read_text())
     told = root["attributes"]["reinforce"]

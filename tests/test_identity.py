@@ -133,6 +133,17 @@ def test_a_view_of_another_image_is_refused(made: Made) -> None:
         view.pixels(edited(made.tar, swap_images))
 
 
+def test_a_store_that_holds_nothing_is_not_bound_to_a_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    """As after a first run that refused every shard: the second one asks for something else, as it was told to."""
+    tar = tiny.tar(tmp_path / "00000.tar", 2, 3)
+    report = driver.run(tar, str(tmp_path / "s"), recipe, OPTIONS)
+    assert "3 of 5 samples are invalid" in report.failed[0].reason and not (tmp_path / "s").exists()
+    report = driver.run(tar, str(tmp_path / "s"), recipe.but(seed=5), OPTIONS.but(max_invalid=0.9))
+    assert (report.done, report.failed) == (1, [])
+    with pytest.raises(ManifestMismatch, match="recipe.seed: the store has 5"):
+        driver.run(tar, str(tmp_path / "s"), recipe, OPTIONS)
+
+
 def test_an_activation_is_part_of_what_a_store_promises(tmp_path: Path) -> None:
     """QuickGELU and GELU have the same weights and give other embeddings."""
     recipe = tiny.models(tmp_path / "models")

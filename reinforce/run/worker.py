@@ -23,7 +23,7 @@ from reinforce.models.device import card, pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
-from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, STATUS, Column, class_columns
+from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, STATUS, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity
 
@@ -32,7 +32,7 @@ class Worker:
     """Holds the models of a recipe on one device, and works shards for one store."""
 
     def __init__(self, recipe: Recipe, store_url: str, options: RunOptions) -> None:
-        """Loads the models, settles the manifest, writes the class texts that are missing.
+        """Loads the models, compares them with what the store promises, writes the class texts that are missing.
 
         Raises ConfigError, ManifestMismatch.
         """
@@ -53,11 +53,22 @@ class Worker:
             "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
         }
-        self.store.promise(Manifest.of(recipe, described, card(device)), options.extend)
-        self.columns = self.store.promised().columns()
+        self.manifest = Manifest.of(recipe, described, card(device))
+        stored = self.store.manifest()
+        self.columns = columns(recipe, (stored or self.manifest).format_version)
         self._models = threading.Lock()
-        for column in self.store.missing(CLASSES, class_columns(recipe)):
+        classes = self.store.missing(CLASSES, class_columns(recipe))
+        if stored or classes:
+            self.promise()
+        for column in classes:
             self._commit_classes(column)
+
+    def promise(self) -> None:
+        """Settle what the store promises. A new store is not bound to a recipe before something is written into it.
+
+        Raises ManifestMismatch.
+        """
+        self.store.promise(self.manifest, self.options.extend)
 
     def reinforce(self, shard: Shard) -> ShardReport:
         """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
@@ -161,6 +172,7 @@ class _ShardWork:
         for column in IDENTITY:
             if column in self.committed and not np.array_equal(self._stored(column), self._known(column)):
                 raise self._other_tar("its keys differ" if column == KEY else "its images differ")
+        self.worker.promise()
         data = identity(self.rows.keys, self._known(DIGEST))
         for column in self.wanted:
             known = column.kind == "sample"
