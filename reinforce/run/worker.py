@@ -264,7 +264,8 @@ class _ShardWork:
             self.answers[column].setdefault(index, []).append(part)
 
     def _whole(self, column: Column) -> np.ndarray:
-        """The batches of a column put where they belong among all N rows."""
+        """The batches of a column put where they belong among all N rows. They are let go of on the way: of a shard of
+        12,500 samples and 30 views they are half a gigabyte for each teacher."""
         shape = (column.num_items(self.recipe), len(self.rows.keys))
         if column.teacher:
             whole = np.full((*shape, self.worker.teachers[column.teacher].width), np.nan, ml_dtypes.bfloat16)
@@ -274,6 +275,7 @@ class _ShardWork:
             whole = np.zeros(shape, np.uint64)
         else:
             whole = np.full((*shape, len(augment.fields(self.recipe.view_sets[column.set]))), np.nan, np.float32)
-        for index, parts in self.answers[column].items():
-            whole[index, self.good] = np.concatenate(parts)
+        parts = self.answers.pop(column)
+        for index in list(parts):
+            whole[index, self.good] = np.concatenate(parts.pop(index))
         return whole
