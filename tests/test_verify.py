@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reinforce.__main__ import app
+from reinforce.check.info import info
 from reinforce.check.replay import replay
 from reinforce.check.verify import verify
 from reinforce.config import Recipe, RunOptions
@@ -149,6 +150,11 @@ def test_one_damage_hides_no_other(made: tuple[str, str]) -> None:
     ]
     assert sorted(report.missing) == ["00000/size", "00000/text/coca/zarr.json"]
     assert report.foreign == ["00000/view/base/other/c.0", "notes.txt"]
+    told = info(store)
+    assert (told["shards"], told["samples"]) == (2, 5)  # of the other shard
+    assert [fault.split(": ")[1].partition("/zarr.json")[0].partition(" ")[0] for fault in told["damaged_columns"]] == [
+        *("00000/status", "00000/view/base/vit")
+    ]
     assert report.replay and report.replay["views"] == report.replay["pixel_equal"] == 10 and not report.sound
 
 

@@ -1,5 +1,6 @@
 """What a store holds, in numbers."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -8,9 +9,12 @@ import numpy as np
 
 from reinforce.config import Recipe
 from reinforce.data.shards import Status
+from reinforce.errors import NotCommitted, StoreError
 from reinforce.store.columns import CLASSES, KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def groups(store: Store, manifest: Manifest) -> Iterator[tuple[str, list[Column]]]:
@@ -28,19 +32,24 @@ def stored_recipe(url: str) -> Recipe | None:
 
 
 def info(url: str) -> dict[str, Any]:
-    """Counts, sets, bytes and missing columns. Embeddings are counted raw (2 bytes per number) and as stored."""
+    """Counts, sets, bytes, missing columns, and those whose damage was in the way (`verify` looks for all). Embeddings
+    are counted raw (2 bytes per number) and as stored."""
     store = Store(url)
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
     quarantined: Counter[str] = Counter()
     samples = valid = total = raw = stored = 0
-    missing = []
+    missing, damaged = [], []
     for group, wanted in groups(store, manifest):
         absent = store.missing(group, wanted)
         missing += [f"{group}/{column}" for column in absent]
         present = [column for column in wanted if column not in absent]
-        if STATUS in present:
-            statuses = store.read(group, STATUS)
+        try:
+            statuses = store.read(group, STATUS) if STATUS in present else None
+        except StoreError as error:  # costs its own shard's counts and nothing else
+            statuses = None
+            damaged.append(str(error))
+        if statuses is not None:
             samples += len(statuses)
             valid += int((statuses == Status.GOOD).sum())
             quarantined.update(Status(int(status)).reason for status in statuses if status != Status.GOOD)
@@ -48,8 +57,11 @@ def info(url: str) -> dict[str, Any]:
             size = store.stored_bytes(group, column)
             total += size
             if column.teacher:
-                stored += size
-                raw += 2 * int(np.prod(store.open_array(group, column).shape))
+                try:
+                    raw += 2 * int(np.prod(store.open_array(group, column).shape))
+                    stored += size
+                except StoreError as error:
+                    damaged.append(str(error))
     return {
         "format_version": manifest.format_version,
         "recipe": recipe.name,
@@ -69,6 +81,7 @@ def info(url: str) -> dict[str, Any]:
         },
         "bytes": {"total": total, "embeddings_raw": raw, "embeddings_stored": stored},
         "missing_columns": missing,
+        "damaged_columns": damaged,
     }
 
 
@@ -77,7 +90,13 @@ def quarantine(url: str) -> Iterator[dict[str, str]]:
     store = Store(url)
     store.promised()
     for shard in store.shards():
-        if not store.missing(shard, [KEY, STATUS]):
-            for key, status in zip(store.read(shard, KEY), store.read(shard, STATUS), strict=True):
-                if status != Status.GOOD:
-                    yield {"shard": shard, "key": str(key), "reason": Status(int(status)).reason}
+        try:
+            keys, statuses = store.read(shard, KEY), store.read(shard, STATUS)
+        except NotCommitted:
+            continue
+        except StoreError as error:
+            log.warning("the quarantine of %s is left out: %s", shard, error)
+            continue
+        for key, status in zip(keys, statuses, strict=True):
+            if status != Status.GOOD:
+                yield {"shard": shard, "key": str(key), "reason": Status(int(status)).reason}
