@@ -49,12 +49,28 @@ def grow(path: Path, rng: random.Random) -> None:
 
 def swap(path: Path, rng: random.Random) -> None:
     """Another object of the store in its place: of another column, or of the same column of another shard."""
-    store = next(folder for folder in path.parents if (folder / ".root").exists())
-    others = [p for p in sorted(store.rglob(path.name)) if p.read_bytes() != path.read_bytes()]
+    others = [p for p in sorted(root_of(path).rglob(path.name)) if p.read_bytes() != path.read_bytes()]
     shutil.copy(rng.choice(others), path)
 
 
-DAMAGES: list[Damage] = [flip, cut, empty, lose, grow, swap]
+def exchange(path: Path, rng: random.Random) -> None:
+    """A whole column in the place of another: of another shard, or of another kind, sound in itself."""
+    store = root_of(path)
+    columns = sorted(p.parent for p in store.rglob("c.*") if p.parent != path.parent)
+    shutil.copytree(rng.choice(columns), path.parent, dirs_exist_ok=True)
+
+
+def of_another_store(path: Path, rng: random.Random) -> None:
+    """The column, or the group, of a store of the same tars and another recipe."""
+    store = root_of(path)
+    shutil.copytree(store.parent / "other" / path.parent.relative_to(store), path.parent, dirs_exist_ok=True)
+
+
+def root_of(path: Path) -> Path:
+    return next(folder for folder in path.parents if (folder / ".root").exists())
+
+
+DAMAGES: list[Damage] = [flip, cut, empty, lose, grow, swap, exchange, of_another_store]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +80,7 @@ def made(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     tars = "::".join(tiny.tar(folder / f"{i:05d}.tar", 5, i, seed=i) for i in range(2))
     whole = recipe.but(class_sets={"kinds": ClassSet(classnames=("hat", "shoe"))})
     driver.run(tars, str(folder / "s"), whole, OPTIONS)
+    driver.run(tars, str(folder / "other"), whole.but(seed=1), OPTIONS)
     (folder / "s/.root").touch()
     return tars, folder / "s", tiny.tree(folder / "s")
 
@@ -101,7 +118,7 @@ def assert_nothing_wrong_is_read(url: str, whole: dict[tuple[str, str], np.ndarr
         assert read.tolist() == array.tolist() if array.dtype == object else read.tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("DAMAGES", 54)) // 18))  # `make corrupt` asks for more
+@pytest.mark.parametrize("seed", range(int(os.environ.get("DAMAGES", 72)) // 24))  # `make corrupt` asks for more
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_any_damage_is_found_and_mended_to_the_same_bytes(
     made: tuple[str, Path, dict[str, bytes]], damage: Damage, seed: int
@@ -111,13 +128,15 @@ def test_any_damage_is_found_and_mended_to_the_same_bytes(
     rng = random.Random(f"{damage.__name__} {seed}")
     for _ in range(3):  # one damage hides no other
         damage(store / rng.choice([name for name in sorted(whole) if "/" in name and (store / name).exists()]), rng)
-    changed = {name for name, data in tiny.tree(store).items() if whole.get(name) != data}
-    lost = whole.keys() - tiny.tree(store).keys()
+    damaged = tiny.tree(store)
+    changed = {name for name, data in damaged.items() if whole.get(name) != data}
+    lost = whole.keys() - damaged.keys()
     found = verify(str(store), None, 0)
     assert_nothing_wrong_is_read(str(store), whole_columns)
     named = {fault.partition(":")[0].removesuffix("/zarr.json") for fault in found.corrupt + found.missing}
     assert named == {str(Path(name).parent) for name in changed | lost}
-    report = repair(str(store), tars, OPTIONS)
+    report = repair(str(store), tars, OPTIONS, remove_foreign=True)
+    (store / ".root").touch()
     assert report.sound and tiny.tree(store) == whole
     assert verify(str(store), tars, 4, "cpu").sound
     restore(store, whole)

@@ -13,9 +13,10 @@ from s3fs import S3FileSystem
 
 from reinforce.check.info import info
 from reinforce.check.verify import verify
-from reinforce.config import Recipe, RunOptions
-from reinforce.errors import Corrupt
+from reinforce.config import Recipe, RunOptions, Teacher
+from reinforce.errors import Corrupt, ManifestMismatch
 from reinforce.run import driver
+from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
 from tests import tiny
 
@@ -82,6 +83,18 @@ def test_two_writers_with_other_bytes_over_s3(bucket: Any) -> None:
     assert {path: bucket.cat_file(path) for path in bucket.find("bucket/s.zarr")} == before
     assert (store.read("0", "view/base/vit") == first).all()
     assert not Store("s3://bucket/s.zarr").objects.create("0/zarr.json", b"other")
+
+
+def test_two_recipes_that_start_at_once(bucket: Any) -> None:
+    """Both find no store; the first manifest stays, and the other run is refused."""
+    recipe = Recipe(name="r", teachers={"vit": Teacher(model="x")}, captioners={})
+    models: dict[str, dict[str, Any]] = {"teachers": {"vit": {}}, "captioners": {}}
+    first, second = (Store("s3://bucket/s.zarr") for _ in range(2))
+    assert first.manifest() is None and second.manifest() is None
+    first.promise(Manifest.of(recipe, models))
+    with pytest.raises(ManifestMismatch, match="recipe.seed: the store has 0"):
+        second.promise(Manifest.of(recipe.but(seed=1), models))
+    assert Store("s3://bucket/s.zarr").promised().recipe["seed"] == 0
 
 
 def test_a_marker_of_a_folder_is_no_shard(bucket: Any) -> None:
