@@ -87,7 +87,7 @@ def test_run_again_says_that_all_is_there(made: tuple[str, str, str]) -> None:
     [
         (["--set", "seed=1"], "recipe.seed: the store has 0, this run asks for 1"),
         (["--set", "view_sets.base.num_views=5"], "recipe.view_sets.base.num_views: the store has 3"),
-        (["--set", "teachers.vit.model=ViT-B-32"], "recipe.teachers.vit.model"),
+        (["--set", "teachers.vit.model=ViT-B-32"], "neither a file nor a tag"),
         (["--set", "sead=1"], "did you mean seed"),
         (["--workers", "many"], "--workers many"),
         (["--max-invalid", "7"], "max_invalid"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reinforce.config import Recipe, RunOptions
+from reinforce.config import Recipe, RunOptions, Teacher
 from reinforce.data.shards import expand, read_parts, stamp, write
 from reinforce.errors import ManifestMismatch, ReplayError
 from reinforce.run import driver
@@ -142,6 +142,20 @@ def test_a_store_that_holds_nothing_is_not_bound_to_a_recipe(recipe: Recipe, tmp
     assert (report.done, report.failed) == (1, [])
     with pytest.raises(ManifestMismatch, match="recipe.seed: the store has 5"):
         driver.run(tar, str(tmp_path / "s"), recipe, OPTIONS)
+
+
+def test_a_teacher_is_its_weights_and_not_its_path(tmp_path: Path) -> None:
+    recipe = tiny.models(tmp_path / "models")
+    tar = tiny.tar(tmp_path / "00000.tar", 3)
+    driver.run(tar, str(tmp_path / "s"), recipe, OPTIONS)
+    shutil.copytree(tmp_path / "models", tmp_path / "moved")
+    moved = {name: Teacher(model=f"local-dir:{tmp_path}/moved/{name}") for name in ("vit", "conv")}
+    assert driver.run(tar, str(tmp_path / "s"), recipe.but(teachers=moved), OPTIONS).already_there == 1
+    Store(str(tmp_path / "s")).remove("00000", "view/base/vit")
+    assert driver.run(tar, str(tmp_path / "s"), recipe.but(teachers=moved), OPTIONS).done == 1
+    swapped = moved | {"vit": Teacher(model=f"local-dir:{tmp_path}/moved/conv")}
+    with pytest.raises(ManifestMismatch, match=r"models\.teachers\.vit\.weights_sha256"):  # although nothing is to do
+        driver.run(tar, str(tmp_path / "s"), recipe.but(teachers=swapped), OPTIONS)
 
 
 def test_an_activation_is_part_of_what_a_store_promises(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     wanted = columns(recipe, manifest.format_version) if manifest else columns(recipe)
     todo, others = _planned(store, listed, wanted)
     report = RunReport(store_url, len(listed), len(listed) - len(todo) - len(others), failed=others)
-    if todo or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
+    moved = manifest is not None and not manifest.same_paths(recipe)  # whether they are the same, a worker finds out
+    if todo or moved or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
         if not os.environ.get("RAY_ADDRESS"):
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
         low, high = _worker_range(options)

@@ -16,6 +16,7 @@ from reinforce.errors import ManifestMismatch, StoreError
 from reinforce.store.columns import FORMAT_VERSION, Column, class_columns, columns
 
 LATER = ("architecture", "preprocessing", "vocabulary")  # what format 1 did not say of a model
+PATHS = ("model", "pretrained", "prompts")  # of a teacher or captioner in a recipe: where it lies, not what it is
 _SOFTWARE = ("torch", "open_clip_torch", "pillow", "numpy", "zarr", "numcodecs")
 
 
@@ -100,6 +101,18 @@ class Manifest:
         asked = recipe.model_dump(mode="json")
         _compare({"recipe": self.recipe}, {"recipe": _common(asked, self.recipe) if extend else asked}, where)
 
+    def same_paths(self, recipe: Recipe) -> bool:
+        """Whether a recipe names its models as this one does. Where it does not, they may be the same all the same:
+        that is known when they are loaded."""
+        asked = recipe.model_dump(mode="json")
+        return all(
+            of.get(path) == self.recipe[kind][name].get(path)
+            for kind in ("teachers", "captioners")
+            for name, of in asked[kind].items()
+            if name in self.recipe[kind]
+            for path in PATHS
+        )
+
     def extended(self, asked: Self, where: str) -> Self:
         """What is asked, with all that was promised before as it is. Raises ManifestMismatch where that cannot be."""
         common = replace(
@@ -110,7 +123,8 @@ class Manifest:
         self.check(common, where)
         models = {kind: of | self.models[kind] for kind, of in asked.models.items()}
         fields = asked.augment_fields | self.augment_fields
-        return replace(asked, models=models, augment_fields=fields, format_version=self.format_version)
+        recipe = asked.recipe | {part: asked.recipe[part] | self.recipe.get(part, {}) for part in NAMED}
+        return replace(asked, recipe=recipe, models=models, augment_fields=fields, format_version=self.format_version)
 
     def check(self, asked: "Manifest", where: str) -> None:
         """The same, models included; format 1 said less of a model, and only what is said is compared."""
@@ -128,6 +142,15 @@ def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in recipe.items() if k != "name"}
 
 
+def _pathless(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides bytes. A model is its weights and settings, wherever it lies: `models` tells of them."""
+    of_models = {
+        kind: {name: {k: v for k, v in of.items() if k not in PATHS} for name, of in recipe[kind].items()}
+        for kind in ("teachers", "captioners")
+    }
+    return _unlabelled(recipe) | of_models
+
+
 def _common(asked: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """What is asked, without the teachers and sets whose names were not there before."""
     return asked | {
@@ -136,7 +159,7 @@ def _common(asked: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(stored: dict[str, Any], asked: dict[str, Any], where: str) -> None:
-    old, new = (_flat(tree | {"recipe": _unlabelled(tree["recipe"])}) for tree in (stored, asked))
+    old, new = (_flat(tree | {"recipe": _pathless(tree["recipe"])}) for tree in (stored, asked))
     lines = [
         f"  {key}: the store has {old.get(key, 'nothing')}, this run asks for {new.get(key, 'nothing')}"
         for key in [*old, *(k for k in new if k not in old)]
