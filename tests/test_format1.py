@@ -119,6 +119,20 @@ def test_what_a_run_adds_is_checked_and_the_rest_is_read_as_before() -> None:
     assert answer(reinforce, "verify", "store.zarr")["corrupt"] == []
 
 
+def test_it_grows_and_stays_of_its_format() -> None:
+    before = tiny.tree("store.zarr")
+    added = json.dumps({"num_views": 1, "view_px": 24})
+    told = answer(
+        reinforce, "extend", TARS, "--store", "store.zarr", "--set", f"view_sets.more={added}", "--workers", "0",
+        "--device", "cpu", "--max-invalid", "0.5",
+    )  # fmt: skip
+    assert (told["done"], told["failed"]) == (2, [])
+    assert {path: data for path, data in tiny.tree("store.zarr").items() if path in before} == before
+    store = Store("store.zarr")
+    assert store.promised().format_version == 1 and store.read("00000", "view/more/clip").shape[0] == 1
+    assert answer(reinforce, "verify", "store.zarr", "--shards", TARS)["corrupt"] == []
+
+
 def test_it_is_upgraded_beside_itself() -> None:
     """The same columns, with what was missing; it is then as strict as one that was written anew, and goes on."""
     before = tiny.tree("store.zarr")
