@@ -258,10 +258,12 @@ def test_sweep_removes_what_the_dead_have_left_and_nothing_of_the_living(tmp_pat
     store = Store(str(tmp_path))
     store.commit("00000", "status", np.zeros(1, np.uint8))
     here = socket.gethostname()
-    dead = subprocess.Popen(["true"])
+    dead, unburied = subprocess.Popen(["true"]), subprocess.Popen(["true"])
     dead.wait()
+    os.waitid(os.P_PID, unburied.pid, os.WEXITED | os.WNOWAIT)
     names = {
         f"{here}~{dead.pid}~a": False,
+        f"{here}~{unburied.pid}~z": False,
         f"{here}~{os.getpid()}~b": True,
         "elsewhere~1~c": True,
         "elsewhere~1~d": True,

@@ -41,7 +41,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     was written; of a file that others wrote, the latter cannot be known."""
     try:
         with safe_open(path, "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            # Cloned: in the file they lie at odd places, and a kernel may round otherwise where memory is not aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise Corrupt(f"{path} cannot be read: {error}") from error
     written = metadata.pop(_DIGEST, None)

@@ -165,22 +165,27 @@ def _linked(partial: str, target: str) -> bool:
 
 def _opened(partial: str) -> BinaryIO:
     while True:
-        os.makedirs(os.path.dirname(partial), exist_ok=True)
-        try:
+        with suppress(FileNotFoundError, FileExistsError):  # another run's sweep has just removed the empty folder
+            os.makedirs(os.path.dirname(partial), exist_ok=True)
             return open(partial, "xb")
-        except FileNotFoundError:
-            pass  # another run's sweep has just removed the empty folder
 
 
 def _is_left(name: str, modified: float) -> bool:
     """Whether the writer of a partial object is dead, or must be: nothing takes an hour."""
     host, _, rest = name.partition("~")
     number = rest.partition("~")[0]
-    if host == socket.gethostname() and number.isdigit():
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # alive, and somebody else's
+    if host == socket.gethostname() and number.isdigit() and not _runs(int(number)):
+        return True
     return time.time() - modified > _OLD_S
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine is alive. One that was killed and that nobody has waited for is not."""
+    try:
+        os.kill(process, 0)
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[:1] not in ([b"Z"], [b"X"])
+    except ProcessLookupError:
+        return False
+    except (PermissionError, FileNotFoundError):
+        return True  # somebody else's; or a machine without /proc, where it is alive
