@@ -73,6 +73,11 @@ def test_the_command(recipe: Recipe, tars: str, tmp_path: Path) -> None:
     assert code == 2 and "recipe.seed: the store has 0" in err
 
 
+def test_a_tar_that_is_not_there_gets_a_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"memory://none/0.tar: cannot be reached"):
+        plan("memory://none/0.tar", str(tmp_path / "s"), recipe, OPTIONS)
+
+
 def test_a_recipe_that_does_not_fit_is_an_error(recipe: Recipe, tars: str, tmp_path: Path) -> None:
     driver.run(tars, str(tmp_path / "s"), recipe, OPTIONS)
     with pytest.raises(ManifestMismatch):

@@ -33,9 +33,8 @@ from reinforce.store.store import Store
 
 # Dense bfloat16 matrix products, TFLOP/s, as the makers state them.
 CARDS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "L40S": 362, "RTX4090": 165}
-UTILISATION = (
-    0.55  # of a card's rate; one H200 reached 0.34 of what it reached in a plain product (docs/results/gpu.md)
-)
+# Of that rate, what models reach; a guess: an H200 reached 0.34 of its own plain product (docs/results/gpu.md).
+UTILISATION = 0.55
 LOOKED_AT = 3  # tars whose samples are counted; the others are taken to have as many per byte
 TRIAL_S = 60.0  # what reinforcing a few samples, to see what it costs, may take
 MOST = 1024  # of these samples
@@ -123,8 +122,11 @@ def _num_samples(todo: list[Shard]) -> tuple[int, int]:
 
 
 def _length(shard: Shard) -> int:
-    files, path = fsspec.core.url_to_fs(shard.url)
-    return int(files.size(path))
+    try:
+        files, path = fsspec.core.url_to_fs(shard.url)
+        return int(files.size(path))
+    except OSError as error:
+        raise ConfigError(f"{shard.url}: cannot be reached: {error}; check the path and your access to it") from error
 
 
 @dataclass(frozen=True)
