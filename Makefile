@@ -95,7 +95,7 @@ coverage: setup ## the tests, and which lines they ran: a table, and pages in ht
 	@$(PY) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered --cov-report=html
 
 simulate: setup ## runs of several writers with faults, in memory: nothing lost, torn or changed (RUNS=10000)
-	@RUNS=$(or $(RUNS),10000) $(PY) -m pytest -n auto tests/test_simulation.py
+	@RUNS=$(or $(RUNS),10000) FIRST=$(or $(FIRST),0) $(PY) -m pytest -n auto tests/test_simulation.py
 
 corrupt: setup ## damage a store in 2000 ways, one after the other: all found, none read, all mended to the same bytes
 	@DAMAGES=$(or $(DAMAGES),2000) $(PY) -m pytest -n auto tests/test_repair.py -k any_damage
