@@ -7,6 +7,7 @@ within a round, so that a machine that slows down slows both. Times are those of
 """
 
 import argparse
+import io
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,12 @@ def photograph(seed: int) -> Image.Image:
     coarse = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     soft = np.asarray(coarse.resize(SIZE[::-1], Image.Resampling.BICUBIC))
     return Image.fromarray((soft + random.normal(0, 8, soft.shape)).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=92)
+    return file.getvalue()
 
 
 def by_torchvision(image: Image.Image, params: np.ndarray, view_px: int) -> np.ndarray:

@@ -18,7 +18,6 @@ are under FOLDER/work. `--small` is a rehearsal of everything in small: its numb
 
 import copy
 import hashlib
-import io
 import json
 import math
 import os
@@ -41,7 +40,7 @@ import typer
 from torch import Tensor
 
 from benchmarks import coca, kernels, price
-from benchmarks.augment import photograph
+from benchmarks.augment import jpeg, photograph
 from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data import shards
 from reinforce.models.device import card, pick_device
@@ -252,17 +251,15 @@ def pictures(work: Path, sizes: Sizes) -> str:
         (work / "tars").mkdir(parents=True, exist_ok=True)
         for tar in range(sizes.tars):
             with ThreadPoolExecutor(8) as pool:
-                made = list(pool.map(_jpeg, range(tar * sizes.batch, (tar + 1) * sizes.batch)))
+                made = list(pool.map(_drawn, range(tar * sizes.batch, (tar + 1) * sizes.batch)))
             samples = [(f"{i:06d}", {"jpg": jpg, "txt": b"a drawn picture"}) for i, jpg in enumerate(made)]
             shards.write(str(work / f"tars/{tar:05d}.tar"), [(f"{tar}-{key}", parts) for key, parts in samples])
         done.touch()
     return str(work / "tars/*.tar")
 
 
-def _jpeg(seed: int) -> bytes:
-    file = io.BytesIO()
-    photograph(seed).save(file, "JPEG", quality=92)
-    return file.getvalue()
+def _drawn(seed: int) -> bytes:
+    return jpeg(photograph(seed))
 
 
 def bytes_of(store: Path) -> str:

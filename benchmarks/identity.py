@@ -6,7 +6,6 @@ Both are shares of the same work without them, on drawn photographs of 375 x 500
 teachers. Seconds are of one thread; the median of the repeats.
 """
 
-import io
 import json
 import statistics
 import tempfile
@@ -19,9 +18,8 @@ import ml_dtypes
 import numpy as np
 import typer
 import zarr
-from PIL import Image
 
-from benchmarks.augment import SIZE, photograph
+from benchmarks.augment import SIZE, jpeg, photograph
 from reinforce.config import ViewSet
 from reinforce.data import augment, images, shards
 from reinforce.data.views import replayed
@@ -30,12 +28,6 @@ from reinforce.store.store import Store, identity
 
 VIEWS = ViewSet(num_views=2, view_px=224)
 WIDTH = 768
-
-
-def jpeg(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=92)
-    return file.getvalue()
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:

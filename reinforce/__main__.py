@@ -21,12 +21,14 @@ from reinforce.terminal import (
     SetOption,
     VersionOption,
     errors_as_sentences,
-    print_tree,
+    show,
     start,
     typed,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from reinforce.check.repair import RepairReport
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -87,8 +89,8 @@ def run(
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
-    options: dict[str, Any] = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
-    _run(shards, store, recipe, set_, options | {"decode_threads": decode_threads, "hung_after": hung_after}, json_)
+    options = {"max_invalid": max_invalid, "attempts": attempts, "decode_threads": decode_threads}
+    _run(shards, store, recipe, set_, json_, workers=workers, device=device, hung_after=hung_after, **options)
 
 
 @app.command()
@@ -107,9 +109,8 @@ def extend(
 ) -> None:
     """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
     there stays as it is, and may be read meanwhile."""
-    options: dict[str, Any] = {"workers": workers, "device": device, "max_invalid": max_invalid, "attempts": attempts}
-    options |= {"decode_threads": decode_threads, "hung_after": hung_after, "extend": True}
-    _run(shards, store, recipe, set_, options, json_)
+    options = {"max_invalid": max_invalid, "attempts": attempts, "decode_threads": decode_threads, "extend": True}
+    _run(shards, store, recipe, set_, json_, workers=workers, device=device, hung_after=hung_after, **options)
 
 
 @app.command()
@@ -132,11 +133,10 @@ def plan(
     with errors_as_sentences():
         loaded = _recipe(recipe, store, set_)
         asked = {"workers": workers, "device": device, "extend": True, "max_invalid": 1}
-        found = asdict(reckon(shards, store, loaded, parse(RunOptions, asked, "the request"), card))
-        print(json.dumps(found)) if json_ else print_tree(found)
+        show(asdict(reckon(shards, store, loaded, parse(RunOptions, asked, "the request"), card)), json_)
 
 
-def _run(shards: str, store: str, recipe: str | None, set_: list[str], options: dict[str, Any], json_: bool) -> None:
+def _run(shards: str, store: str, recipe: str | None, set_: list[str], json_: bool, **options: Any) -> None:
     from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
@@ -174,8 +174,7 @@ def recipes(json_: JsonOption = False) -> None:
 @app.command()
 def recipe(
     name: Annotated[
-        str,
-        typer.Argument(metavar="NAME", help="name of a recipe, or a path", autocompletion=lambda: list(listed())),
+        str, typer.Argument(metavar="NAME", help="name of a recipe, or a path", autocompletion=lambda: list(listed()))
     ],
     set_: SetOption = [],
 ) -> None:
@@ -197,10 +196,7 @@ def info(
         found = check.info(store)
         if quarantine:
             found["quarantine"] = list(check.quarantine(store))
-        if json_:
-            print(json.dumps(found))
-        else:
-            print_tree(found)
+        show(found, json_)
 
 
 @app.command()
@@ -223,10 +219,8 @@ def verify(
     with errors_as_sentences():
         report = check(store, shards, replay, device)
         sound = report.sound and not (strict and (report.unchecked or report.foreign))
-        if json_:
-            print(json.dumps(asdict(report)))
-        else:
-            print_tree(asdict(report))
+        show(asdict(report), json_)
+        if not json_:
             print("sound" if sound else "faults found" if not report.sound else "sound, but not all was compared")
             if report.corrupt or report.missing:
                 print(f"Next:  {typed('clip-reinforce')} repair {store} --shards '{shards or 'DIR/*.tar'}'")
@@ -247,12 +241,7 @@ def repair(
     """Take out what `verify` finds damaged, and compute it again from the tars, to the same bytes."""
     from reinforce.check.repair import repair as mend
 
-    with errors_as_sentences():
-        options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")
-        with redirect_stdout(sys.stderr):
-            report = mend(store, shards, options, remove_foreign)
-        _print_repair(report, store, json_)
-    raise typer.Exit(0 if report.sound else 1)
+    _mend(lambda options: mend(store, shards, options, remove_foreign), store, workers, device, json_)
 
 
 @app.command()
@@ -267,11 +256,17 @@ def redo(
     """Compute whole shards again, as after a tar was replaced."""
     from reinforce.check.repair import redo as again
 
+    _mend(lambda options: again(store, names, shards, options), store, workers, device, json_)
+
+
+def _mend(work: "Callable[[RunOptions], RepairReport]", store: str, workers: str, device: str, json_: bool) -> None:
     with errors_as_sentences():
+        # Shards that are there were accepted before, whatever their share of bad samples.
         options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")
         with redirect_stdout(sys.stderr):
-            report = again(store, names, shards, options)
-        _print_repair(report, store, json_)
+            report = work(options)
+        again = f"{typed('clip-reinforce')} repair {store} --shards 'DIR/*.tar'   computes again what was removed"
+        show(asdict(report), json_, "" if report.run else again)
     raise typer.Exit(0 if report.sound else 1)
 
 
@@ -286,18 +281,9 @@ def upgrade(
     from reinforce.check.upgrade import upgrade as renew
 
     with errors_as_sentences():
-        report = asdict(renew(store, to, shards))
-        print(json.dumps(report)) if json_ else print_tree(report)
-    raise typer.Exit(1 if report["failed"] else 0)
-
-
-def _print_repair(report: "RepairReport", store: str, json_: bool) -> None:
-    if json_:
-        print(json.dumps(asdict(report)))
-        return
-    print_tree(asdict(report))
-    if report.run is None:
-        print(f"Next:  {typed('clip-reinforce')} repair {store} --shards 'DIR/*.tar'   computes again what was removed")
+        report = renew(store, to, shards)
+        show(asdict(report), json_)
+    raise typer.Exit(1 if report.failed else 0)
 
 
 def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:

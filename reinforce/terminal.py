@@ -1,5 +1,6 @@
 """What all commands share: how trees and errors are shown, and the options that are the same everywhere."""
 
+import json
 import logging
 import os
 import shutil
@@ -45,6 +46,16 @@ def typed(command: str) -> str:
     if shutil.which(command) or not script.exists():
         return command
     return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
+
+
+def show(found: dict[str, Any], json_: bool, following: str = "") -> None:
+    """What a command answers: one JSON object, or a tree and what may be typed next."""
+    if json_:
+        print(json.dumps(found))
+        return
+    print_tree(found)
+    if following:
+        print(f"Next:  {following}")
 
 
 def print_tree(tree: dict[str, Any], indent: str = "") -> None:

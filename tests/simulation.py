@@ -26,6 +26,7 @@ from reinforce.data.shards import Shard
 from reinforce.run.worker import Worker
 from reinforce.store import arrays
 from reinforce.store.manifest import Manifest
+from reinforce.store.metadata import METADATA
 from reinforce.store.store import Store
 from tests import tiny
 
@@ -56,7 +57,7 @@ class Disk:
             return False
         self.objects[path] = data
         folder, _, name = path.rpartition("/")
-        if name == arrays.METADATA and folder.count("/") != 0 and b'"array"' in data:
+        if name == METADATA and folder.count("/") != 0 and b'"array"' in data:
             self.committed[folder] = self._column(folder)
         return True
 

@@ -21,7 +21,7 @@ from reinforce.terminal import (
     SetOption,
     VersionOption,
     errors_as_sentences,
-    print_tree,
+    show,
     start,
     typed,
 )
@@ -78,7 +78,7 @@ def fit(
 
         report = fit_student(config, out)
         if int(os.environ.get("RANK", 0)) == 0:
-            _print(report, json_, f"{typed('clip-train')} eval {out / 'student'} NAME=SET")
+            show(report, json_, f"{typed('clip-train')} eval {out / 'student'} NAME=SET")
 
 
 @app.command(name="eval")
@@ -105,7 +105,7 @@ def eval_(
 
         place = pick_device(device)
         opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
-        _print(load(student, place).evaluate(opened, batch_size, precision), json_)
+        show(load(student, place).evaluate(opened, batch_size, precision), json_)
 
 
 @app.command()
@@ -124,7 +124,7 @@ def export(
         from train.trained import load
 
         report = load(student).export(out)
-        _print(asdict(report), json_)
+        show(asdict(report), json_)
     raise typer.Exit(1 if report.faults else 0)
 
 
@@ -180,7 +180,7 @@ def adapt(
         asked |= {"teacher": {"model": teacher, "pretrained": pretrained}} if teacher else {}
         asked |= {"eval_sets": _eval_sets(eval_)} if eval_ else {}
         config = parse(AdaptConfig, config.model_dump() | asked, "the request")
-        _print(
+        show(
             adapt_teacher(config, out),
             json_,
             f"{typed('clip-reinforce')} run .. with a recipe whose teacher has prompts={out} "
@@ -221,7 +221,7 @@ def classify(
             probabilities = classifier.classify([picture])[0]
             best = probabilities.argsort(descending=True)[:3].tolist()
             classified[str(path)] = {classifier.names[i]: round(probabilities[i].item(), 4) for i in best}
-        _print({"classified": classified, "failed": failed} if json_ else classified, json_)
+        show({"classified": classified, "failed": failed} if json_ else classified, json_)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -233,15 +233,6 @@ def _eval_sets(texts: list[str]) -> dict[str, str]:
             raise ConfigError(f"{text}: write an evaluation set as NAME=SET, such as heldout=samples/heldout/00000.tar")
         sets[name] = url
     return sets
-
-
-def _print(found: dict[str, Any], json_: bool, following: str = "") -> None:
-    if json_:
-        print(json.dumps(found))
-        return
-    print_tree(found)
-    if following:
-        print(f"Next:  {following}")
 
 
 def main() -> None:

@@ -37,7 +37,8 @@ def training_name(config: TrainConfig, usual: TrainConfig) -> str:
     """The store's name, what differs from the usual settings, and the seed: 'noisy,distill=0.75,seed=3'. Rows of
     several questions that ask for the same training find it under the same name."""
     settings = config.model_dump(exclude={"shards", "store", "eval_sets", "seed"})
-    differing = {key: value for key, value in settings.items() if value != usual.model_dump()[key]}
+    unchanged = usual.model_dump()
+    differing = {key: value for key, value in settings.items() if value != unchanged[key]}
     words = [f"{key}={'+'.join(value) if isinstance(value, list) else value}" for key, value in differing.items()]
     return ",".join([Path(config.store or config.shards).stem, *words, f"seed={config.seed}"])
 

@@ -38,6 +38,7 @@ UTILISATION = 0.55
 LOOKED_AT = 3  # tars whose samples are counted; the others are taken to have as many per byte
 TRIAL_S = 60.0  # what reinforcing a few samples, to see what it costs, may take
 MOST = 1024  # of these samples
+BYTES_OF_ITEM = {"caption": 120, "pixels": 8, "augment": 80}  # of a view or a caption, about
 _GIB = 1 << 30
 
 
@@ -73,8 +74,9 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
     if manifest:
         manifest.check_recipe(recipe, url, options.extend)
     wanted = columns(recipe, manifest.format_version) if manifest else columns(recipe)
-    todo = [shard for shard in listed if store.missing(shard.name, wanted)]
-    missing = {column for shard in todo for column in store.missing(shard.name, wanted)}
+    lacking = {shard: store.missing(shard.name, wanted) for shard in listed}
+    todo = [shard for shard, absent in lacking.items() if absent]
+    missing = {column for absent in lacking.values() for column in absent}
     bytes_now = store.objects.total_bytes("") if manifest else 0
     if not todo:
         return Plan(url, len(listed), 0, 0, bytes_now, bytes_now, {}, 0.0, 0.0, 0, 0.0, 0.0, "nothing to do")
@@ -194,28 +196,22 @@ def _stages(worker: Worker, missing: set[Column]) -> dict[str, dict[str, float]]
         texts = sum(num for s, num in recipe.text_sets.items() if Column("text", s, name) in missing)
         view = np.zeros((1, teacher.image_px, teacher.image_px, 3), np.uint8)
         if views:
-            stages[f"{name}, {views} views"] = {
-                "tflop": views * _tflop(teacher.encode_images, view) / worker.recipe.batch_size
-            }
+            stages[f"{name}, {views} views"] = {"tflop": views * _tflop(worker, teacher.encode_images, view)}
         if texts:
-            stages[f"{name}, {texts} texts"] = {
-                "tflop": texts * _tflop(teacher.encode_texts, ["a"]) / worker.recipe.batch_size
-            }
+            stages[f"{name}, {texts} texts"] = {"tflop": texts * _tflop(worker, teacher.encode_texts, ["a"])}
     for name, captioner in worker.captioners.items():
         if Column("text", name, "caption") in missing:
-            size = captioner.frozen.image_px
-            image = torch.zeros(1, 3, size, size)
-            num = recipe.captioners[name].num_captions
-            tflop = _tflop(captioner.caption, image, recipe.seed, name, ["a"]) / worker.recipe.batch_size
+            size, num = captioner.frozen.image_px, recipe.captioners[name].num_captions
+            tflop = _tflop(worker, captioner.caption, torch.zeros(1, 3, size, size), recipe.seed, name, ["a"])
             stages[f"{name}, {num} captions"] = {"tflop": tflop}
     return stages
 
 
-def _tflop(call: Callable[..., Any], *inputs: Any) -> float:
-    """Of one call, with a whole batch: teachers and captioners pad theirs."""
+def _tflop(worker: Worker, call: Callable[..., Any], *inputs: Any) -> float:
+    """Of one input. The call computes a whole batch: teachers and captioners pad theirs."""
     with FlopCounterMode(display=False) as counter:
         call(*inputs)
-    return float(counter.get_total_flops()) / 1e12
+    return float(counter.get_total_flops()) / 1e12 / worker.recipe.batch_size
 
 
 def _memory(worker: Worker, rows: int, missing: set[Column]) -> float:
@@ -233,5 +229,4 @@ def _bytes_of_row(worker: Worker, column: Column) -> int:
     items = column.num_items(worker.recipe)
     if column.teacher:
         return items * 2 * int(worker.teachers[column.teacher].width)
-    of_others: dict[str, int] = {"caption": 120, "pixels": 8, "augment": 80}
-    return items * of_others[column.part]
+    return items * BYTES_OF_ITEM[column.part]

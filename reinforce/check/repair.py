@@ -12,9 +12,9 @@ from reinforce.config import RunOptions
 from reinforce.data import shards
 from reinforce.errors import ConfigError
 from reinforce.run import driver
-from reinforce.store.arrays import METADATA
 from reinforce.store.columns import CLASSES, Column
-from reinforce.store.store import GROUP, Store
+from reinforce.store.metadata import GROUP, METADATA
+from reinforce.store.store import Store
 
 
 @dataclass

@@ -34,9 +34,11 @@ class _Ask:
         return Column("view", self.set_name, part)
 
 
-def replay(store: Store, manifest: Manifest, listed: list[Shard], num: int, device: str) -> dict[str, Any]:
-    """Counts of `num` views spread over the store, made again from the shards `listed`, with the teachers at hand;
-    `left_out` are those that are not, with why.
+def replay(
+    store: Store, manifest: Manifest, listed: list[Shard], num: int, device: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Counts of `num` views spread over the store, made again from the shards `listed`, with the teachers at hand; and
+    why the others are left out.
 
     Raises ConfigError where the shards are not those of the store.
     """
@@ -56,13 +58,13 @@ def replay(store: Store, manifest: Manifest, listed: list[Shard], num: int, devi
         for name, teacher in teachers.items():
             encoded = teacher.encode_images(np.stack([view.pixels[name] for view in batch]))
             cosines += [_cosine(a, view.stored[name]) for a, view in zip(encoded, batch, strict=True)]
-    return {
+    counts = {
         "views": num_views,
         "pixel_equal": num_equal,
         "cosine_mean": float(np.mean(cosines)) if cosines else None,
         "cosine_min": float(np.min(cosines)) if cosines else None,
-        "left_out": left_out,
     }
+    return counts, left_out
 
 
 @dataclass(frozen=True)

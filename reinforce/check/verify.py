@@ -15,10 +15,10 @@ from reinforce.data import shards
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, NotCommitted, ShardError, StoreError
 from reinforce.progress import Progress
-from reinforce.store.arrays import METADATA
-from reinforce.store.columns import DIGEST, IDENTITY, KEY, STATUS, Column
+from reinforce.store.columns import DIGEST, KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
-from reinforce.store.store import GROUP, Store, group_objects, identity
+from reinforce.store.metadata import GROUP, METADATA, group_objects
+from reinforce.store.store import Store
 
 _NORM_TOLERANCE = 0.01  # a unit vector rounded to bfloat16 stays well inside
 _MIN_COSINE = 0.999  # between a stored embedding and the same view encoded again; rounding to bfloat16 stays inside
@@ -85,8 +85,8 @@ def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto
             damaged = {fault.partition("/")[0].partition(":")[0] for fault in report.corrupt + report.other_tars}
             whole = [shard for shard in listed if shard.name not in damaged]
             if {shard.name for shard in whole} & set(store.shards()):
-                report.replay = replay(store, manifest, whole, num_replays, device)
-                report.unchecked += report.replay.pop("left_out")
+                report.replay, left_out = replay(store, manifest, whole, num_replays, device)
+                report.unchecked += left_out
             else:
                 report.unchecked.append("replay: none of the shards given is whole in the store")
     return report
@@ -115,27 +115,19 @@ def _checked(store: Store, manifest: Manifest, group: str, wanted: list[Column])
 
 
 def _faults(store: Store, manifest: Manifest, group: str, present: list[Column]) -> Iterator[tuple[Column, str]]:
-    recipe = manifest.parsed_recipe()
-    read: dict[Column, np.ndarray] = {}
+    recipe, data = manifest.parsed_recipe(), _identity(store, group)
     good: np.ndarray | None = None  # of the rows, those that hold a sample; known from the column `status` on
     for column in present:
         try:
             store.check(group, column)
-            array = store.read(group, column)
+            array = store.read(group, column, None, data)
         except StoreError as error:
             yield column, str(error)
             continue
-        if column in IDENTITY:
-            read[column] = array
-        elif column == STATUS:
+        if column == STATUS:
             good = array == Status.GOOD
-        if column.kind == "class":
+        elif column.kind == "class":
             good = np.ones(len(recipe.class_sets[column.set].classnames), bool)
-        elif len(read) == len(IDENTITY):
-            data = identity(read[KEY].tolist(), read[DIGEST])
-            if store.attributes(group, column)["data"] != data:
-                yield column, "it belongs to other images than the keys and digests of its shard"
-                continue
         if good is None:
             continue
         rows = array.swapaxes(0, column.row_axis)
@@ -143,6 +135,15 @@ def _faults(store: Store, manifest: Manifest, group: str, present: list[Column])
             yield column, f"{len(rows)} rows, {'the manifest' if column.kind == 'class' else 'status'} has {len(good)}"
         elif fault := _implausible(column, array, rows[good], recipe):
             yield column, fault
+
+
+def _identity(store: Store, group: str) -> str | None:
+    """What the columns of a shard must belong to; None where there is nothing to tell it by. Damage of the keys or the
+    digests is told when they are read as columns."""
+    try:
+        return store.identity(group)
+    except StoreError:
+        return None
 
 
 def _implausible(column: Column, array: np.ndarray, rows: np.ndarray, recipe: Recipe) -> str:
@@ -197,5 +198,4 @@ def _tar_faults(store: Store, manifest: Manifest, shard: Shard) -> Iterator[str]
 def _identities(shard: Shard, num_captions: int) -> Iterator[tuple[str, int, list[str]]]:
     """Key, digest and captions of every sample, as a worker stores them."""
     for sample in shards.read(shard, num_captions > 0):
-        captions = [sample.captions[i % len(sample.captions)] for i in range(num_captions)] if sample.captions else []
-        yield sample.key, shards.image_digest(sample.image), captions
+        yield sample.key, shards.image_digest(sample.image), sample.repeated(num_captions)

@@ -70,6 +70,10 @@ class Sample:
     status: Status = Status.GOOD
     detail: str = ""
 
+    def repeated(self, num: int) -> list[str]:
+        """`num` captions: where it has fewer they are repeated, so that any index is a caption of its image."""
+        return [self.captions[index % len(self.captions)] for index in range(num)] if self.captions else []
+
 
 @dataclass(frozen=True)
 class Place:

@@ -85,11 +85,9 @@ class Worker:
                 with self._models:
                     for batch in ready:
                         work.answer(batch, pool)
-            except ShardError as error:
+            except (ShardError, ManifestMismatch) as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try
-                return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
-            except ManifestMismatch as error:
                 return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
         refusal = work.refusal()
         try:
@@ -208,9 +206,9 @@ class _ShardWork:
     # -- questions -----------------------------------------------------------------------------------------------
 
     def _original_captions(self, batch: Batch) -> list[list[str]]:
-        # A sample with fewer captions than asked repeats them, so that any index is a caption of its image.
+        """C lists of n captions."""
         num = self.recipe.num_original_captions
-        return [[s.captions[index % len(s.captions)] for s in batch.samples] for index in range(num)]
+        return [list(row) for row in zip(*(sample.repeated(num) for sample in batch.samples), strict=True)]
 
     def _captions(self, name: str, batch: Batch, pool: Executor) -> list[list[str]]:
         """C lists of n captions, drawn now or, where a run before committed them, read back."""

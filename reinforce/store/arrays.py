@@ -20,9 +20,9 @@ from zarr.storage import MemoryStore, WrapperStore
 import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
 from reinforce import process
 from reinforce.errors import Corrupt
+from reinforce.store.metadata import METADATA
 
 CHUNK_ROWS = 16384  # rows of one view in one chunk: 12.5 k rows of 768 bfloat16, a DataCompDR shard, are 19 MB
-METADATA = "zarr.json"
 _CRC = 4  # bytes
 _NOWHERE = 2**64 - 1  # the offset of a chunk that lies wholly outside the array
 

@@ -7,6 +7,7 @@ store that grows by a teacher, say, gets a larger manifest beside it, which keep
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Self
 
@@ -82,8 +83,7 @@ class Manifest:
         elif column.kind == "class":
             parts += [recipe["class_sets"][column.set]]
         elif column.set in recipe["captioners"]:
-            drawn = {k: v for k, v in recipe["captioners"][column.set].items() if k not in ("model", "pretrained")}
-            parts += [recipe["seed"], drawn, models["captioners"][column.set]]
+            parts += [recipe["seed"], _settings(recipe["captioners"][column.set]), models["captioners"][column.set]]
         elif column.kind == "text":
             parts += [recipe.get("num_original_captions", 1)]
         if column.teacher:
@@ -93,6 +93,10 @@ class Manifest:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def parsed_recipe(self) -> Recipe:
+        return self._parsed
+
+    @cached_property
+    def _parsed(self) -> Recipe:
         return parse(Recipe, self.recipe, "the recipe in the store's manifest")
 
     def check_recipe(self, recipe: Recipe, where: str, extend: bool = False) -> None:
@@ -145,10 +149,13 @@ def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:
 def _pathless(recipe: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe decides bytes. A model is its weights and settings, wherever it lies: `models` tells of them."""
     of_models = {
-        kind: {name: {k: v for k, v in of.items() if k not in PATHS} for name, of in recipe[kind].items()}
-        for kind in ("teachers", "captioners")
+        kind: {name: _settings(of) for name, of in recipe[kind].items()} for kind in ("teachers", "captioners")
     }
     return _unlabelled(recipe) | of_models
+
+
+def _settings(model: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in model.items() if k not in PATHS}
 
 
 def _common(asked: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:

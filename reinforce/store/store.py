@@ -21,28 +21,13 @@ from zarr.storage import FsspecStore, LocalStore
 
 from reinforce.errors import Corrupt, NotCommitted, StoreError
 from reinforce.store import arrays
-from reinforce.store.arrays import METADATA, Recorded
+from reinforce.store.arrays import Recorded
 from reinforce.store.columns import IDENTITY, Column
 from reinforce.store.manifest import Manifest
+from reinforce.store.metadata import GROUP, METADATA, group_json, group_objects, is_sealed, sealed
 from reinforce.store.objects import Objects
 
 C = TypeVar("C", Column, str)
-
-
-def _group_json(attributes: dict[str, Any]) -> bytes:
-    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=2).encode()
-
-
-GROUP = _group_json({})
-
-
-def _manifest_json(manifest: Manifest) -> bytes:
-    return _sealed(json.loads(_group_json({"reinforce": manifest.to_json()})))
-
-
-def _extension(number: int) -> str:
-    """Where the manifest of a store lies that has grown so many times."""
-    return f"manifest.{number:04d}.json"
 
 
 class Store:
@@ -120,7 +105,7 @@ class Store:
         if tree is None:
             raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
         manifest = Manifest.from_json(tree, self.url)
-        if manifest.format_version > 1 and not _is_sealed(written, attributes):
+        if manifest.format_version > 1 and not is_sealed(written, attributes):
             raise StoreError(f"{self.url}/{path} is not as it was written; restore it, or give another STORE")
         return manifest
 
@@ -161,7 +146,7 @@ class Store:
             attributes |= {"num_chunks": 1, **arrays.record(stored, metadata)}
         if objects:
             self.objects.sync(folder)
-        written = _sealed(metadata | {"attributes": attributes})
+        written = sealed(metadata | {"attributes": attributes})
         if not self.objects.create(f"{folder}/{METADATA}", written):
             ours = ours and self.objects.get(f"{folder}/{METADATA}") == written
         self.objects.sync(folder)
@@ -263,7 +248,7 @@ class Store:
         manifest = self._read_manifest()
         if manifest and manifest.format_version == 1 and "checksum" not in attributes:
             return written, metadata  # it says less of itself
-        if not sound or not _is_sealed(written, attributes):
+        if not sound or not is_sealed(written, attributes):
             raise Corrupt(f"{self.url}: {path}/{METADATA} is not as it was written; verify the store")
         for what, expected in self._binding(shard, Column.at(str(column))).items():
             if attributes[what] != expected:
@@ -298,13 +283,6 @@ class Store:
                 self.objects.create(path, GROUP)
 
 
-def group_objects(folder: str) -> list[str]:
-    """Zarr's metadata of the groups from the shard down to a column's parent: with them the tree can be walked. Each
-    holds GROUP."""
-    steps = folder.split("/")
-    return ["/".join([*steps[:depth], METADATA]) for depth in range(1, len(steps))]
-
-
 def identity(keys: Iterable[str], digests: np.ndarray) -> str:
     """Of the data that a shard's columns belong to: a hash of its N keys and of the N digests of its images."""
     digest = hashlib.sha256("\0".join(keys).encode())
@@ -312,18 +290,10 @@ def identity(keys: Iterable[str], digests: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
-def _sealed(metadata: dict[str, Any]) -> bytes:
-    """A `zarr.json` whose attributes have a `checksum` of all its bytes but those of the checksum itself."""
-    attributes = metadata["attributes"] | {"checksum": ""}
-    text = json.dumps(metadata | {"attributes": attributes}, indent=2).encode()
-    return text.replace(_seal(""), _seal(hashlib.sha256(text).hexdigest()[:32]), 1)
+def _manifest_json(manifest: Manifest) -> bytes:
+    return sealed(json.loads(group_json({"reinforce": manifest.to_json()})))
 
 
-def _is_sealed(written: bytes, attributes: dict[str, Any]) -> bool:
-    found = str(attributes.get("checksum"))
-    return hashlib.sha256(written.replace(_seal(found), _seal(""), 1)).hexdigest()[:32] == found
-
-
-def _seal(checksum: str) -> bytes:
-    # No other key can look like this: within a JSON string its quotes would be escaped.
-    return f'"checksum": "{checksum}"'.encode()
+def _extension(number: int) -> str:
+    """Where the manifest of a store lies that has grown so many times."""
+    return f"manifest.{number:04d}.json"

@@ -151,8 +151,9 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
 
     def _pixels(self, shard: Opened, row: int) -> np.ndarray:
         height, width = shard.sizes[row].tolist()
-        digest = None if shard.digests is None else int(shard.digests[row])
-        return replayed(shard.path, shard.places[row], shard.params[row], (height, width), self.image_px, digest)
+        return replayed(
+            shard.path, shard.places[row], shard.params[row], (height, width), self.image_px, shard.digest(row)
+        )
 
 
 class StoredTeacher(nn.Module):

@@ -168,8 +168,7 @@ def _work(rows: list[_Row]) -> _Work:
         place = item.shard.places[item.row]
         height, width = item.shard.sizes[item.row].tolist()
         params = item.shard.params[item.row]
-        digest = None if item.shard.digests is None else int(item.shard.digests[item.row])
-        samples.append((item.shard.path, place, (height, width), params, digest))
+        samples.append((item.shard.path, place, (height, width), params, item.shard.digest(item.row)))
     sets = rows[0].shard.captions
     return _Work(samples, {name: [item.shard.captions[name][item.row] for item in rows] for name in sets})
 

@@ -56,6 +56,10 @@ class Opened:
     text_targets: dict[str, dict[str, np.ndarray]]
     digests: np.ndarray | None = None
 
+    def digest(self, row: int) -> int | None:
+        """Of an image, where it is known."""
+        return None if self.digests is None else int(self.digests[row])
+
 
 class Source(Protocol):
     good_rows: dict[str, np.ndarray]
