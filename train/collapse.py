@@ -31,7 +31,7 @@ def separation(image: Tensor, texts: Sequence[Tensor], logit_scale: Tensor) -> d
         of_images = _scatter(image)
         spreads = [scale * (of_images * _scatter(text)).sum().clamp_min(0).sqrt() / len(image) for text in texts]
         return {
-            "spread": torch.stack(spreads).mean(),
+            "spread": torch.stack(spreads).mean().float(),
             "image_cosine": mean_cosine(image),
             "text_cosine": torch.stack([mean_cosine(text) for text in texts]).mean(),
         }
@@ -51,8 +51,9 @@ class Watch:
 
 
 def _scatter(x: Tensor) -> Tensor:
-    """(D, D): the sum over rows of (x - mean)(x - mean)ᵀ."""
-    x = x - x.mean(0)
+    """(D, D): the sum over rows of (x - mean)(x - mean)ᵀ. In float64: near a collapse the products of two of these
+    cancel, and float32 would be off where it matters most."""
+    x = x.double() - x.double().mean(0)
     return x.T @ x
 
 
