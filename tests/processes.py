@@ -51,9 +51,10 @@ class Run:
         out, err = self.process.communicate(timeout=400)
         return self.process.returncode, out, err
 
-    def workers(self) -> list[int]:
-        """Processes of the actors."""
-        return [pid for pid in marked(self.mark) if "ray::RemoteWorker" in command_line(pid)]
+    def workers(self, *, at_a_shard: bool = False) -> list[int]:
+        """Processes of the actors; or of those that are at a shard now, which Ray writes into their titles."""
+        title = "ray::RemoteWorker.reinforce" if at_a_shard else "ray::RemoteWorker"
+        return [pid for pid in marked(self.mark) if title in command_line(pid)]
 
     def kill_driver(self) -> None:
         self.process.kill()
