@@ -1,5 +1,6 @@
-"""Runs of several writers on one store, simulated: every operation of the store may be the last of its writer, or fail,
-or be the moment when another writer goes on.
+"""Runs of several writers on one store, simulated. Every operation of the store may be the last of its writer, or the
+moment when another writer goes on. It may fail; or succeed, and its answer be lost; a listing may be a moment old. And
+the power may fail, which takes all writers, and of the names that no folder's sync has made durable a part.
 
 The writers are real workers: `Worker.reinforce` reads a real tar and commits through a real `Store`. Only what they
 would wait for is replaced: the objects lie in memory, and models answer at once. A seed decides everything: who goes on
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
@@ -23,8 +24,10 @@ from zarr.storage import MemoryStore
 
 from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data.shards import Shard
+from reinforce.errors import ReinforceError
 from reinforce.run.worker import Worker
 from reinforce.store import arrays
+from reinforce.store.columns import Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.metadata import METADATA
 from reinforce.store.store import Store
@@ -38,6 +41,7 @@ RECIPE = Recipe(
     batch_size=4,
 )
 WIDTH = 4
+DECODED: dict[Any, np.ndarray] = {}
 
 
 class Killed(BaseException):
@@ -46,19 +50,25 @@ class Killed(BaseException):
 
 @dataclass
 class Disk:
-    """The objects that all writers see. `committed`: columns whose metadata have been there, with what they were."""
+    """The objects that all writers see. `committed`: columns whose metadata have been there, with what they were;
+    `promised`: those of which a writer has been told so. `fresh`: objects whose names a power cut may take."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     committed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    promised: set[str] = field(default_factory=set)
+    fresh: set[str] = field(default_factory=set)
+    before: list[list[str]] = field(default_factory=lambda: [[]])  # the paths after each of the latest changes
     faults: list[str] = field(default_factory=list)
 
     def put(self, path: str, data: bytes) -> bool:
         if path in self.objects:
             return False
         self.objects[path] = data
+        self.fresh.add(path)
+        self._changed()
         folder, _, name = path.rpartition("/")
         if name == METADATA and folder.count("/") != 0 and b'"array"' in data:
-            self.committed[folder] = self._column(folder)
+            self.committed[folder] = self.column(folder)
         return True
 
     def remove(self, path: str) -> None:
@@ -66,25 +76,44 @@ class Disk:
         if folder in self.committed:
             self.faults.append(f"{path} of a committed column was removed")
         self.objects.pop(path, None)
+        self._changed()
+
+    def sync(self, folder: str) -> None:
+        """The names in a folder and in those above it."""
+        folders = {str(PurePosixPath(folder)), *map(str, PurePosixPath(folder).parents)}
+        self.fresh = {path for path in self.fresh if str(PurePosixPath(path).parent) not in folders}
+
+    def power_cut(self, rng: random.Random) -> None:
+        for path in sorted(self.fresh):
+            if path in self.objects and rng.random() < 0.5:
+                del self.objects[path]
+        for folder in [folder for folder in self.committed if f"{folder}/{METADATA}" not in self.objects]:
+            del self.committed[folder]
+            if folder in self.promised:
+                self.faults.append(f"{folder} was said to be committed, and the power cut took it")
+        self._changed()
+
+    def _changed(self) -> None:
+        self.before = [*self.before[-3:], list(self.objects)]
 
     def check(self) -> None:
         for folder, was in self.committed.items():
-            if self._column(folder) != was:
+            if self.column(folder) != was:
                 self.faults.append(f"{folder} was changed after it had been committed")
 
-    def _column(self, folder: str) -> dict[str, bytes]:
+    def column(self, folder: str) -> dict[str, bytes]:
         return {path: data for path, data in self.objects.items() if path.rpartition("/")[0] == folder}
 
 
 class Objects:
     """The interface of `reinforce.store.objects.Objects`, over a Disk; before and after each operation of a writer the
-    scheduler is asked."""
+    scheduler is asked. `age` says how many changes ago a listing was made."""
 
     local = False
 
-    def __init__(self, disk: Disk, pause: Callable[[str], None]) -> None:
+    def __init__(self, disk: Disk, pause: Callable[[str], None], age: Callable[[], int] = lambda: 0) -> None:
         self.url = self.root = "simulated"
-        self.disk, self._pause = disk, pause
+        self.disk, self._pause, self._age = disk, pause, age
 
     def get(self, path: str) -> bytes:
         self._pause(f"get {path}")
@@ -97,19 +126,16 @@ class Objects:
         return path in self.disk.objects
 
     def files(self, folder: str) -> list[str]:
-        self._pause(f"list {folder}")
-        prefix = f"{folder}/" if folder else ""
-        names = (path.removeprefix(prefix) for path in self.disk.objects if path.startswith(prefix))
-        return sorted(name for name in names if "/" not in name)
+        return [name for name in self.tree(folder) if "/" not in name]
 
     def folders(self, folder: str = "") -> list[str]:
-        self._pause(f"list {folder}")
-        return sorted({path.partition("/")[0] for path in self.disk.objects if "/" in path})
+        return sorted({path.partition("/")[0] for path in self.tree(folder) if "/" in path})
 
     def tree(self, folder: str) -> list[str]:
         self._pause(f"list {folder}")
-        prefix = f"{folder}/"
-        return sorted(path.removeprefix(prefix) for path in self.disk.objects if path.startswith(prefix))
+        prefix = f"{folder}/" if folder else ""
+        listed = self.disk.before[-1 - min(self._age(), len(self.disk.before) - 1)]
+        return sorted(path.removeprefix(prefix) for path in listed if path.startswith(prefix))
 
     def create(self, path: str, data: bytes) -> bool:
         self._pause(f"before create {path}")
@@ -122,7 +148,9 @@ class Objects:
         self.disk.remove(path)
         self._pause(f"after remove {path}")
 
-    def sync(self, folder: str) -> None: ...
+    def sync(self, folder: str) -> None:
+        self._pause(f"before sync {folder}")
+        self.disk.sync(folder)
 
 
 class FakeTeacher:
@@ -161,6 +189,21 @@ class SimulatedStore(Store):
     def __init__(self, objects: Objects) -> None:
         super().__init__("memory://simulated")
         self.objects, self._disk = objects, objects.disk  # type: ignore[assignment]
+
+    def commit(self, shard: str, column: Column | str, array: np.ndarray, data: str = "", **more: Any) -> bool:
+        ours = super().commit(shard, column, array, data, **more)
+        self._disk.promised.add(f"{shard}/{column}")
+        return ours
+
+    def read(self, shard: str, column: Column | str, index: int | None = None, data: str | None = None) -> np.ndarray:
+        """Of the same objects the same array: decoding them takes most of the time of a simulation."""
+        promise = self.promised().fingerprint  # what a column is compared with, besides its own objects
+        key = promise, index, data, *sorted(self._disk.column(f"{shard}/{column}").items())
+        if key in DECODED:
+            self.objects.get(f"{shard}/{column}/{METADATA}")
+        else:
+            DECODED[key] = super().read(shard, column, index, data)
+        return DECODED[key]
 
     def _zarr(self) -> MemoryStore:
         buffer = default_buffer_prototype().buffer
@@ -212,21 +255,29 @@ def worker(objects: Objects, kind: int) -> Worker:
 class Scheduler:
     """One writer runs at a time. After each operation the seed says which goes on, and what befalls it."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng, self.turn = rng, threading.Condition()
+    def __init__(self, rng: random.Random, disk: Disk) -> None:
+        self.rng, self.disk, self.turn = rng, disk, threading.Condition()
+        self.dark = False
         self.alive: list[int] = []
         self.now = -1
         self.log: list[str] = []
 
-    def pause(self, writer: int, operation: str, risky: bool) -> None:
+    def pause(self, writer: int, operation: str) -> None:
         with self.turn:
             self.log.append(f"writer {writer}: {operation}")
-            fate = self.rng.random() if risky else 1.0
-            if fate < 0.004:
+            if self.dark:
+                raise Killed
+            fate = self.rng.random()
+            if fate < 0.001:
+                self.log.append("the power fails")
+                self.dark = True
+                self.disk.power_cut(self.rng)
+                raise Killed
+            if fate < 0.005:
                 self.log.append(f"writer {writer} is killed")
                 raise Killed
-            if fate < 0.012:
-                self.log.append(f"writer {writer}: no space")
+            if fate < 0.013:
+                self.log.append(f"writer {writer}: an error, or no answer")
                 raise OSError(errno.ENOSPC, "No space left on device")
             if self.rng.random() < 0.4:
                 self._pass_on()
@@ -251,14 +302,19 @@ class Scheduler:
 def simulate(seed: int, folder: str) -> tuple[list[str], list[str]]:
     """Faults, and what happened before them."""
     rng = random.Random(seed)
-    disk, scheduler = Disk(), Scheduler(rng)
+    disk = Disk()
+    scheduler = Scheduler(rng, disk)
     kinds = [rng.randrange(2) for _ in range(rng.choice((1, 2, 3)))]
     scheduler.alive = list(range(len(kinds)))
+
+    def age() -> int:
+        return rng.randrange(4) if rng.random() < 0.2 else 0
 
     def write(number: int) -> None:
         scheduler.begin(number)
         try:
-            made = worker(Objects(disk, lambda operation: scheduler.pause(number, operation, True)), kinds[number])
+            objects = Objects(disk, lambda operation: scheduler.pause(number, operation), age)
+            made = worker(objects, kinds[number])
             for shard in rng.sample(tars(folder), 2):
                 for _ in range(3):  # as the driver does
                     try:
@@ -283,11 +339,12 @@ def simulate(seed: int, folder: str) -> tuple[list[str], list[str]]:
         if thread.is_alive():
             return [f"seed {seed}: a writer hangs"], scheduler.log
     calm = worker(Objects(disk, lambda operation: None), rng.randrange(2))
-    for shard in tars(folder):
-        if error := calm.reinforce(shard).error:
-            disk.faults.append(error)
+    try:
+        disk.faults += [error for shard in tars(folder) if (error := calm.reinforce(shard).error)]
+        disk.faults += wrong(calm.store, tars(folder))
+    except ReinforceError as error:
+        disk.faults.append(f"the run after all: {type(error).__name__}: {error}")
     disk.check()
-    disk.faults += wrong(calm.store, tars(folder))
     return [f"seed {seed}: {fault}" for fault in disk.faults], scheduler.log
 
 

@@ -77,10 +77,11 @@ class Store:
             stored = self.promised()
             manifest = stored.extended(manifest, self.url)
             if manifest.fingerprint == stored.fingerprint:
-                return
+                break
             self.objects.create(_extension(self._num_extensions + 1), _manifest_json(manifest))
             self._manifest = None  # ours, or that of another run, which ours must contain then
         self.promised().check(manifest, self.url)
+        self.objects.sync("")  # whoever wrote it: what comes now must not survive a power cut that takes the manifest
 
     def _read_manifest(self) -> Manifest | None:
         """The newest. None of them is ever changed; one that came after this was opened is not looked for."""
