@@ -10,7 +10,7 @@ after each operation, who dies, which operation fails. So a run that goes wrong 
 import errno
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -136,6 +136,9 @@ class Objects:
         prefix = f"{folder}/" if folder else ""
         listed = self.disk.before[-1 - min(self._age(), len(self.disk.before) - 1)]
         return sorted(path.removeprefix(prefix) for path in listed if path.startswith(prefix))
+
+    def there(self, folder: str, paths: Iterable[str]) -> set[str]:
+        return set(self.tree(folder)).intersection(paths)
 
     def create(self, path: str, data: bytes) -> bool:
         self._pause(f"before create {path}")

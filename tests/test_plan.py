@@ -8,7 +8,7 @@ import pytest
 from reinforce.__main__ import app
 from reinforce.check.plan import plan
 from reinforce.config import Recipe, RunOptions
-from reinforce.errors import ConfigError, ManifestMismatch
+from reinforce.errors import ConfigError, ManifestMismatch, ShardError
 from reinforce.run import driver
 from reinforce.store.objects import Objects
 from tests import tiny
@@ -74,7 +74,7 @@ def test_the_command(recipe: Recipe, tars: str, tmp_path: Path) -> None:
 
 
 def test_a_tar_that_is_not_there_gets_a_sentence(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"memory://none/0.tar: cannot be reached"):
+    with pytest.raises(ShardError, match=r"memory://none/0.tar: cannot be read"):
         plan("memory://none/0.tar", str(tmp_path / "s"), recipe, OPTIONS)
 
 

@@ -1,6 +1,8 @@
 """Shards and store on S3: the real protocol, spoken by moto's server."""
 
 import socket
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ from s3fs import S3FileSystem
 from reinforce.check.info import info
 from reinforce.check.verify import verify
 from reinforce.config import Recipe, RunOptions, Teacher
+from reinforce.data.shards import expand
 from reinforce.errors import Corrupt, ManifestMismatch
 from reinforce.run import driver
+from reinforce.store.columns import columns
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
 from tests import tiny
+from train.config import TrainConfig
+from train.data.sources import source_of
 
 OPTIONS = RunOptions(workers="0", device="cpu")
 
@@ -95,6 +101,40 @@ def test_two_recipes_that_start_at_once(bucket: Any) -> None:
     with pytest.raises(ManifestMismatch, match="recipe.seed: the store has 0"):
         second.promise(Manifest.of(recipe.but(seed=1), models))
     assert Store("s3://bucket/s.zarr").promised().recipe["seed"] == 0
+
+
+def test_how_often_a_server_is_asked(
+    bucket: Any, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many shards each costs a run two requests at most, besides its tar's length, and a training's start one."""
+    num, tar = 12, tiny.tar(tmp_path / "t.tar", 3)
+    for i in range(num):
+        bucket.put_file(tar, f"bucket/shards/{i:05d}.tar")
+    remote, store = "s3://bucket/shards/{00000..00011}.tar", "s3://bucket/store.zarr"
+    driver.run(remote, store, recipe, OPTIONS)
+    asked: list[str] = []
+    call = S3FileSystem._call_s3
+
+    async def counted(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", counted)
+
+    def requests(of: Callable[[], Any]) -> Counter[str]:
+        asked.clear()
+        of()
+        return Counter(asked)
+
+    whole = requests(lambda: driver.run(remote, store, recipe, OPTIONS))
+    config = TrainConfig(student="vit_tiny", shards=remote, store=store, global_batch_size=8, workers=0)
+    start = requests(lambda: source_of(config))
+    listed, wanted = expand("s3://bucket/others/{a,b}{00000..00011}.tar"), columns(recipe)
+    absent = requests(lambda: driver.lacking(Store(store), listed, wanted))
+    few = 8  # for what there is one of, whatever the number of shards
+    assert whole["head_object"] <= num + few and whole.total() <= 3 * num + few, whole
+    assert start.total() <= num + few, start
+    assert absent.total() <= few, absent
 
 
 def test_a_marker_of_a_folder_is_no_shard(bucket: Any) -> None:

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import ml_dtypes
 import numpy as np
 import torch
@@ -74,8 +73,8 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
     if manifest:
         manifest.check_recipe(recipe, url, options.extend)
     wanted = columns(recipe, manifest.format_version) if manifest else columns(recipe)
-    lacking = {shard: store.missing(shard.name, wanted) for shard in listed}
-    todo = [shard for shard, absent in lacking.items() if absent]
+    lacking = driver.lacking(store, listed, wanted)
+    todo = list(lacking)
     missing = {column for absent in lacking.values() for column in absent}
     bytes_now = store.objects.total_bytes("") if manifest else 0
     if not todo:
@@ -116,19 +115,11 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
 
 def _num_samples(todo: list[Shard]) -> tuple[int, int]:
     """Of all, and of the largest: counted in a few tars, and by their lengths in the others."""
-    lengths = [_length(shard) for shard in todo]
+    lengths = [shards.tar_bytes(shard.url) for shard in todo]
     looked_at = sorted({round(i * (len(todo) - 1) / max(1, LOOKED_AT - 1)) for i in range(LOOKED_AT)})
     counts = [sum(1 for _ in shards.read_parts(todo[i], ())) for i in looked_at]
     per_byte = sum(counts) / max(1, sum(lengths[i] for i in looked_at))
     return round(sum(lengths) * per_byte), max(max(counts), round(max(lengths) * per_byte))
-
-
-def _length(shard: Shard) -> int:
-    try:
-        files, path = fsspec.core.url_to_fs(shard.url)
-        return int(files.size(path))
-    except OSError as error:
-        raise ConfigError(f"{shard.url}: cannot be reached: {error}; check the path and your access to it") from error
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from reinforce.errors import ConfigError, ReplayError, SampleError, ShardError, 
 from reinforce.progress import Progress
 from reinforce.store.columns import CLASSES, DIGEST, FORMAT_VERSION, KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
-from reinforce.store.store import Store, identity
+from reinforce.store.store import Store, identity, said_of
 
 _AT_ONCE = 64  # samples that are decoded side by side
 
@@ -72,12 +72,11 @@ def _upgrade(old: Store, made: Store, manifest: Manifest, shard: Shard, pool: Th
         old.check(shard.name, column)
     keys = old.read(shard.name, KEY).tolist()
     digests = np.array(list(_digests(old, manifest, shard, keys, pool)), np.uint64)
-    data = identity(keys, digests)
+    data, stamp = identity(keys, digests), shards.stamp(shard.url)
     for column in made.promised().columns():
         if not made.has(shard.name, column):
             array = digests if column == DIGEST else old.read(shard.name, column)
-            more = {"tar": shards.stamp(shard.url)} if column == DIGEST else {}
-            made.commit(shard.name, column, array, data, **more)
+            made.commit(shard.name, column, array, data, **said_of(column, array, stamp))
 
 
 def _digests(old: Store, manifest: Manifest, shard: Shard, keys: list[str], pool: ThreadPoolExecutor) -> Iterator[int]:

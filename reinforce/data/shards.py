@@ -52,7 +52,7 @@ class Status(IntEnum):
         return self.name.lower()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a run may have 100,000 of them
 class Shard:
     """A tar, and the name of its group in the store."""
 
@@ -186,13 +186,26 @@ def stamp(url: str) -> dict[str, int | str]:
                 file.seek(max(0, length - _END))
                 ends = first + file.read(_END)
         else:
+            length = tar_bytes(url)
             files, path = fsspec.core.url_to_fs(url)
-            length = int(files.size(path))
             first = files.cat_file(path, start=0, end=min(_END, length))
             ends = first + files.cat_file(path, start=max(0, length - _END), end=length)
     except OSError as error:
-        raise ShardError(f"{url}: cannot be read: {error}; check the path and your access to it") from error
+        raise _unreachable(url, error) from error
     return {"bytes": length, "ends": hashlib.sha256(ends).hexdigest()[:32]}
+
+
+def tar_bytes(url: str) -> int:
+    """The length of a tar. Raises ShardError where it cannot be reached."""
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+        return int(files.size(path))
+    except OSError as error:
+        raise _unreachable(url, error) from error
+
+
+def _unreachable(url: str, error: OSError) -> ShardError:
+    return ShardError(f"{url}: cannot be read: {error}; check the path and your access to it")
 
 
 def locate(path: str) -> list[Place]:

@@ -6,13 +6,14 @@ goes on.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from reinforce import process
 from reinforce.config import Recipe, RunOptions
-from reinforce.data.shards import Shard, expand, stamp
+from reinforce.data.shards import Shard, expand, stamp, tar_bytes
 from reinforce.errors import ConfigError, Corrupt, NotCommitted, ShardError
 from reinforce.progress import Progress
 from reinforce.run.on_ray import Crew
@@ -22,6 +23,10 @@ from reinforce.store.store import Store
 
 if TYPE_CHECKING:
     from reinforce.run.worker import Worker
+
+T = TypeVar("T")
+
+_REQUESTS_AT_ONCE = 32
 
 
 def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> RunReport:
@@ -38,7 +43,9 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     if manifest:
         manifest.check_recipe(recipe, store_url, options.extend)
     wanted = columns(recipe, manifest.format_version) if manifest else columns(recipe)
-    todo, others = _planned(store, listed, wanted)
+    lacked = lacking(store, listed, wanted)
+    todo, whole = list(lacked), [shard for shard in listed if shard not in lacked]
+    others = [failure for failure in _asked(store, partial(_other_tar, store), whole) if failure]
     report = RunReport(store_url, len(listed), len(listed) - len(todo) - len(others), failed=others)
     moved = manifest is not None and not manifest.same_paths(recipe)  # whether they are the same, a worker finds out
     if todo or moved or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
@@ -57,30 +64,35 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     return report
 
 
-def _planned(store: Store, listed: list[Shard], wanted: list[Column]) -> tuple[list[Shard], list[Failure]]:
-    """The shards that lack a column, and those that are whole and of another tar."""
+def lacking(store: Store, listed: list[Shard], wanted: list[Column]) -> dict[Shard, list[Column]]:
+    """What each shard lacks, in their order; those that are whole are not among them."""
+    begun = set(store.shards())  # of the others nothing has to be asked
 
-    def looked_at(shard: Shard) -> bool | Failure | None:
-        return bool(store.missing(shard.name, wanted)) or _other_tar(store, shard)
+    def absent(shard: Shard) -> list[Column]:
+        return store.missing(shard.name, wanted) if shard.name in begun else wanted
 
-    with ThreadPoolExecutor(16) as pool:
-        # On a local disk nobody waits, and threads would only stand in each other's way.
-        found = list(map(looked_at, listed) if store.objects.local else pool.map(looked_at, listed))
-    todo = [shard for shard, state in zip(listed, found, strict=True) if state is True]
-    return todo, [state for state in found if isinstance(state, Failure)]
+    return {shard: found for shard, found in zip(listed, _asked(store, absent, listed), strict=True) if found}
+
+
+def _asked(store: Store, question: Callable[[Shard], T], listed: list[Shard]) -> list[T]:
+    """Its answer for each shard. On a local disk nobody waits, and threads would only stand in each other's way."""
+    if store.objects.local:
+        return list(map(question, listed))
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(question, listed))
 
 
 def _other_tar(store: Store, shard: Shard) -> Failure | None:
-    """Of a shard that is whole in the store: whether the tar is another one now. Only its length and its ends are
-    looked at; training compares every image that it decodes, and `verify --shards` all of them."""
+    """Of a shard that is whole in the store: whether the tar is another one now. Only its length, and the ends of a
+    local one, are looked at; training compares every image that it decodes, and `verify --shards` all of them."""
     try:
         of_store = store.attributes(shard.name, DIGEST)["tar"]
-        of_tar = stamp(shard.url)
+        of_tar = stamp(shard.url) if os.path.isfile(shard.url) else {"bytes": tar_bytes(shard.url)}
     except NotCommitted:  # format 1
         return None
     except (ShardError, Corrupt) as error:
         return Failure(shard.name, 0, str(error))
-    if of_store == of_tar:
+    if of_store | of_tar == of_store:
         return None
     lengths = of_tar["bytes"], of_store["bytes"]
     differs = "it begins or ends with other bytes"

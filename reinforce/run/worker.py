@@ -25,7 +25,7 @@ from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
 from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, STATUS, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
-from reinforce.store.store import Store, identity
+from reinforce.store.store import Store, identity, said_of
 
 
 class Worker:
@@ -175,8 +175,8 @@ class _ShardWork:
         for column in self.wanted:
             known = column.kind == "sample"
             array = self._known(column) if known else self._whole(column)
-            more = {"tar": stamp} if column == DIGEST else {}
-            if not self.store.commit(self.shard.name, column, array, data, **more):
+            about = said_of(column, array, stamp)
+            if not self.store.commit(self.shard.name, column, array, data, **about):
                 if known:
                     raise self._other_tar("another run has just reinforced another tar of that name")
                 if column.part == "caption":

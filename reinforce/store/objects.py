@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import BinaryIO
@@ -36,6 +37,8 @@ class Objects:
         # Listings are never cached: another process may have written since.
         self._fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         self.local = isinstance(self._fs, LocalFileSystem)
+        # Otherwise s3fs asks for the size of each object first, to read a large one in parts at once.
+        self._in_one_request = {"max_concurrency": 1} if "s3" in self._fs.protocol else {}
 
     def get(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
@@ -43,7 +46,7 @@ class Objects:
             if self.local:  # a tenth of the time that fsspec takes, and a run reads one for each shard
                 with open(self._at(path), "rb") as file:
                     return file.read()
-            data: bytes = self._fs.cat_file(self._at(path))
+            data: bytes = self._fs.cat_file(self._at(path), **self._in_one_request)
         except NotADirectoryError:
             raise StoreError(f"{self.url} is a file, and a store is a folder; give another STORE") from None
         return data
@@ -51,6 +54,14 @@ class Objects:
     def exists(self, path: str) -> bool:
         there = os.path.exists if self.local else self._fs.exists
         return bool(there(self._at(path)))
+
+    def there(self, folder: str, paths: Iterable[str]) -> set[str]:
+        """Those of the `paths` in a folder that are objects. They are asked for one by one where that is cheap, and
+        else the folder is listed once."""
+        if self.local:
+            root = self._at(folder)
+            return {path for path in paths if os.path.exists(f"{root}/{path}")}
+        return set(self.tree(folder)).intersection(paths)
 
     def size(self, path: str) -> int:
         """Bytes."""
@@ -137,6 +148,12 @@ class Objects:
                 os.unlink(partial)
 
     def _names(self, folder: str, kind: str) -> list[str]:
+        if self.local:  # a twentieth of the time that fsspec takes, and a store has a folder for each shard
+            try:
+                with os.scandir(self._at(folder)) as entries:
+                    return sorted(entry.name for entry in entries if entry.is_dir() == (kind == "directory"))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
         try:
             found = self._fs.ls(self._at(folder), detail=True)
         except (FileNotFoundError, NotADirectoryError):

@@ -19,10 +19,11 @@ import zarr
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import FsspecStore, LocalStore
 
+from reinforce.data.shards import Status
 from reinforce.errors import Corrupt, NotCommitted, StoreError
 from reinforce.store import arrays
 from reinforce.store.arrays import Recorded
-from reinforce.store.columns import IDENTITY, Column
+from reinforce.store.columns import DIGEST, IDENTITY, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.metadata import GROUP, METADATA, group_json, group_objects, is_sealed, sealed
 from reinforce.store.objects import Objects
@@ -120,11 +121,10 @@ class Store:
         return self.objects.exists(f"{shard}/{column}/{METADATA}")
 
     def missing(self, shard: str, columns: Iterable[C]) -> list[C]:
-        """Those of `columns` that are not committed. One listing of the shard's group, where it is not a local one."""
-        if self.objects.local:
-            return [column for column in columns if not self.has(shard, column)]
-        there = set(self.objects.tree(shard))
-        return [column for column in columns if f"{column}/{METADATA}" not in there]
+        """Those of `columns` that are not committed."""
+        paths = {f"{column}/{METADATA}": column for column in columns}
+        there = self.objects.there(shard, paths)
+        return [column for path, column in paths.items() if path not in there]
 
     def commit(self, shard: str, column: Column | str, array: np.ndarray, data: str = "", **more: Any) -> bool:
         """Write one column of a shard, or of the group CLASSES. `data`: the identity of the tar's samples; `more`:
@@ -289,6 +289,14 @@ def identity(keys: Iterable[str], digests: np.ndarray) -> str:
     digest = hashlib.sha256("\0".join(keys).encode())
     digest.update(digests.astype("<u8").tobytes())
     return digest.hexdigest()[:32]
+
+
+def said_of(column: Column, array: np.ndarray, stamp: dict[str, int | str]) -> dict[str, Any]:
+    """What a column of a shard says besides what all do, so that many shards are looked at by one object of each: of
+    which tar its images are; how many of its samples are good."""
+    if column == DIGEST:
+        return {"tar": stamp}
+    return {"num_good": int((array == Status.GOOD).sum())} if column == STATUS else {}
 
 
 def _manifest_json(manifest: Manifest) -> bytes:

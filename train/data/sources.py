@@ -1,6 +1,6 @@
 """Where samples come from: tars with a store beside them, or tars alone. Both open a shard for one epoch.
 
-A source has `good_rows` (shard to the rows that can be used, in the tar's order), `num_skipped` (those that cannot),
+A source has `good_rows` (of each shard, the rows that can be used), `num_skipped` (those that cannot),
 `teachers` (name to width and `logit_scale`), `fingerprint` (of what it gives, wherever that lies) and
 `open(shard, epoch)`.
 """
@@ -27,6 +27,7 @@ from reinforce.store.columns import DIGEST, KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity
 from train.config import TrainConfig
+from train.data.order import GoodRows
 
 MIX = "mix"
 
@@ -62,7 +63,7 @@ class Opened:
 
 
 class Source(Protocol):
-    good_rows: dict[str, np.ndarray]
+    good_rows: dict[str, GoodRows]
     num_skipped: int
     teachers: dict[str, TeacherFacts]
     text_sets: list[str]
@@ -111,12 +112,10 @@ class StoreSource:
             for name, facts in facts_of.items()
             if config.learns_from_teachers
         }
-        with ThreadPoolExecutor(16) as pool:
-            statuses = list(pool.map(lambda shard: store.read(shard.name, "status"), listed))
-        self.good_rows = {
-            shard.name: np.flatnonzero(status == Status.GOOD) for shard, status in zip(listed, statuses, strict=True)
-        }
-        self.num_skipped = sum(int((status != Status.GOOD).sum()) for status in statuses)
+        with ThreadPoolExecutor(32) as pool:
+            good = pool.map(self._good_rows, listed)
+            self.good_rows = {shard.name: rows for shard, rows in zip(listed, good, strict=True)}
+        self.num_skipped = sum(rows.num_rows - len(rows) for rows in self.good_rows.values())
         self.fingerprint = _fingerprint(self._promises(manifest, view_sets, names), self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
@@ -152,6 +151,13 @@ class StoreSource:
             text_targets,
             digests,
         )
+
+    def _good_rows(self, shard: Shard) -> GoodRows:
+        """Where all samples are good, the column need not be read: its metadata say so."""
+        about = self._store.attributes(shard.name, STATUS)
+        if "num_good" in about and about["num_good"] == about["rows"]:
+            return GoodRows(about["rows"])
+        return GoodRows.of(self._store.read(shard.name, STATUS) == Status.GOOD)
 
     def _promises(self, manifest: Manifest, view_sets: list[str], teachers: list[str]) -> str:
         """Of the columns that are learned from, so that a store may grow while a training rests."""
@@ -199,7 +205,7 @@ class PlainSource:
                 sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)
                 self._sizes[shard.name] = sizes
                 self._captions[shard.name] = [captions for _, captions in samples]
-                self.good_rows[shard.name] = np.flatnonzero(sizes[:, 0])
+                self.good_rows[shard.name] = GoodRows.of(sizes[:, 0] > 0)
                 self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
                 progress.add()
         self.fingerprint = _fingerprint("tars alone", self.good_rows)
@@ -208,7 +214,7 @@ class PlainSource:
         path = local_copy(self._shards[shard].url, self._config.cache_dir)
         places, sizes, views = shards.locate(path), self._sizes[shard], self._config.fresh_views
         params = np.full((len(places), len(augment.fields(views))), np.nan, np.float32)
-        for row in self.good_rows[shard]:
+        for row in self.good_rows[shard].rows:
             size = (int(sizes[row, 0]), int(sizes[row, 1]))
             params[row] = augment.draw(views, self._config.seed, "train", places[row].key, epoch, size)
         texts = [captions[epoch % len(captions)] if captions else "" for captions in self._captions[shard]]
@@ -230,10 +236,10 @@ def local_copy(url: str, cache_dir: str | None) -> str:
     return str(path)
 
 
-def _fingerprint(whole: str, good_rows: dict[str, np.ndarray]) -> str:
+def _fingerprint(whole: str, good_rows: dict[str, GoodRows]) -> str:
     digest = hashlib.sha256(whole.encode())
     for shard, rows in good_rows.items():
-        digest.update(f";{shard};".encode() + rows.astype("<i8").tobytes())
+        digest.update(f";{shard};".encode() + rows.rows.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
