@@ -27,6 +27,7 @@ from reinforce.data.shards import Shard
 from reinforce.errors import ReinforceError
 from reinforce.run.worker import Worker
 from reinforce.store import arrays
+from reinforce.store.arrays import Encoded, Items
 from reinforce.store.columns import Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.metadata import METADATA
@@ -140,9 +141,9 @@ class Objects:
     def there(self, folder: str, paths: Iterable[str]) -> set[str]:
         return set(self.tree(folder)).intersection(paths)
 
-    def create(self, path: str, data: bytes) -> bool:
+    def create(self, path: str, *parts: bytes) -> bool:
         self._pause(f"before create {path}")
-        created = self.disk.put(path, data)
+        created = self.disk.put(path, b"".join(parts))
         self._pause(f"after create {path}")
         return created
 
@@ -193,8 +194,8 @@ class SimulatedStore(Store):
         super().__init__("memory://simulated")
         self.objects, self._disk = objects, objects.disk  # type: ignore[assignment]
 
-    def commit(self, shard: str, column: Column | str, array: np.ndarray, data: str = "", **more: Any) -> bool:
-        ours = super().commit(shard, column, array, data, **more)
+    def commit(self, shard: str, column: Column | str, items: np.ndarray | Items, data: str = "", **more: Any) -> bool:
+        ours = super().commit(shard, column, items, data, **more)
         self._disk.promised.add(f"{shard}/{column}")
         return ours
 
@@ -214,26 +215,18 @@ class SimulatedStore(Store):
         return MemoryStore(there, read_only=True)
 
 
-@lru_cache(4096)
-def _encoded(data: bytes, dtype: str, shape: tuple[int, ...], row_axis: int) -> dict[str, bytes]:
-    array = np.array(data.decode().split("\0")[:-1], object) if dtype == "O" else np.frombuffer(data, np.dtype(dtype))
-    return ENCODE(array.reshape(shape), row_axis)
-
-
-def encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
+def encode(items: np.ndarray | Items, row_axis: int) -> Encoded:
     """`arrays.encode`, which gives the same for the same array, and takes most of the time of a simulation."""
-    if array.dtype == ml_dtypes.bfloat16:
-        return dict(_bfloat16(array.tobytes(), array.shape, row_axis))
-    data = "".join(f"{text}\0" for text in array.ravel()).encode() if array.dtype == object else array.tobytes()
-    return dict(_encoded(data, array.dtype.str.strip("|"), array.shape, row_axis))
-
-
-@lru_cache(4096)
-def _bfloat16(data: bytes, shape: tuple[int, ...], row_axis: int) -> dict[str, bytes]:
-    return ENCODE(np.frombuffer(data, ml_dtypes.bfloat16).reshape(shape), row_axis)
+    array = np.array(list(items))
+    data = "".join(f"{text}\0" for text in array.ravel()).encode() if array.dtype.kind in "UO" else array.tobytes()
+    key = data, array.dtype.kind, array.shape, row_axis
+    if key not in ENCODED:
+        ENCODED[key] = ENCODE(array, row_axis)
+    return ENCODED[key]
 
 
 ENCODE = arrays.encode
+ENCODED: dict[Any, Encoded] = {}
 
 
 @lru_cache(1)

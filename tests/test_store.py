@@ -7,7 +7,8 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -21,6 +22,7 @@ from hypothesis.extra import numpy as npst
 
 from reinforce.config import ClassSet, Recipe, Teacher
 from reinforce.errors import ConfigError, Corrupt, NotCommitted, StoreError
+from reinforce.store import arrays
 from reinforce.store.arrays import CHUNK_ROWS
 from reinforce.store.columns import CLASSES, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
@@ -54,6 +56,41 @@ def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, captions:
     captions = np.vectorize(lambda text: text.encode(errors="replace").decode(), otypes=[object])(captions)
     store.commit("00000", "text/original/caption", captions)
     assert store.read("00000", "text/original/caption").tolist() == captions.tolist()
+
+
+@given(bits=npst.arrays(np.uint16, npst.array_shapes(min_dims=2, max_dims=3, max_side=4)), axis=st.integers(0, 1))
+@settings(max_examples=25, deadline=None)
+def test_the_object_is_what_zarr_would_write(bits: np.ndarray, axis: int) -> None:
+    encoded = arrays.encode(bits.view(BF16), axis)
+    plain, there = arrays._created(bits.shape, BF16, axis, sharded=True)
+    plain[...] = bits.view(BF16)
+    name = arrays.object_name(encoded.metadata)
+    assert name and there[name].to_bytes() == b"".join(encoded.parts)
+    assert arrays.record(b"".join(encoded.parts), encoded.metadata) == encoded.record
+
+
+class Late:
+    """Views that are made when they are asked for."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (embeddings(1, 2000, 64, seed)[0] for seed in range(24))
+
+
+def test_a_column_takes_the_memory_that_it_takes_encoded(tmp_path: Path) -> None:
+    """And that of a few of its views, of which each is a quarter of a megabyte."""
+    store, view = Store(str(tmp_path / "s")), 2000 * 64 * 2
+    store.commit("00000", "view/base/conv", np.ones((1, 2, 3), BF16))  # loads what is loaded once
+    tracemalloc.start()
+    try:
+        store.commit("00000", "view/base/vit", Late())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < store.stored_bytes("00000", "view/base/vit") + 12 * view
+    assert same_bits(store.read("00000", "view/base/vit"), np.stack(list(Late())))
 
 
 @pytest.mark.parametrize("rows", [0, 1, CHUNK_ROWS, CHUNK_ROWS + 1])

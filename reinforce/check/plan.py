@@ -91,7 +91,7 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
         else:
             trial = _trial(worker, todo[0], Path(folder), missing)
             seconds, where, of_sample, of_shard = trial.seconds, trial.where, trial.of_sample, trial.of_shard
-        memory = _memory(worker, largest, missing)
+        memory = _memory(worker, largest, missing, store.objects.local)
     for of in stages.values():
         of["share"] = of["tflop"] / tflop if tflop else 0.0
         of["hours"] = of["share"] * samples * seconds / 3600
@@ -174,7 +174,7 @@ def _expected_bytes(worker: Worker, missing: set[Column]) -> tuple[float, float]
             directions = np.random.default_rng(0).normal(size=(512, worker.teachers[column.teacher].width))
             directions /= np.linalg.norm(directions, axis=1, keepdims=True)
             array = directions.astype(ml_dtypes.bfloat16)
-            shrunk = len(arrays.encode(array, 0)["c.0.0"]) / array.nbytes
+            shrunk = sum(map(len, arrays.encode(array, 0).parts)) / array.nbytes
         of_sample += shrunk * _bytes_of_row(worker, column)
     return of_sample, 2000.0 * len(missing)
 
@@ -205,13 +205,14 @@ def _tflop(worker: Worker, call: Callable[..., Any], *inputs: Any) -> float:
     return float(counter.get_total_flops()) / 1e12 / worker.recipe.batch_size
 
 
-def _memory(worker: Worker, rows: int, missing: set[Column]) -> float:
-    """Bytes that a worker needs: its models, the answers of a shard, and while the largest column is committed, that
-    column whole, as it is encoded and as the object that is put. Decoded pictures and activations come on top."""
+def _memory(worker: Worker, rows: int, missing: set[Column], local: bool) -> float:
+    """Bytes that a worker needs: its models, the answers of a shard, and the largest column as it is encoded; where the
+    store is not on a local disk, that once more, as the object that is put. Decoded pictures and activations come on
+    top."""
     sizes = [rows * _bytes_of_row(worker, column) for column in missing]
     held = [*(t.frozen for t in worker.teachers.values()), *(c.frozen for c in worker.captioners.values())]
     weights = sum(p.numel() * p.element_size() for frozen in held for p in frozen.model.parameters())
-    return float(weights + sum(sizes) + 3 * max(sizes, default=0))
+    return float(weights + sum(sizes) + (1 if local else 2) * max(sizes, default=0))
 
 
 def _bytes_of_row(worker: Worker, column: Column) -> int:

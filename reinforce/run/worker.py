@@ -7,7 +7,9 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -174,9 +176,8 @@ class _ShardWork:
         data = identity(self.rows.keys, self._known(DIGEST))
         for column in self.wanted:
             known = column.kind == "sample"
-            array = self._known(column) if known else self._whole(column)
-            about = said_of(column, array, stamp)
-            if not self.store.commit(self.shard.name, column, array, data, **about):
+            items = self._known(column) if known else self._items(column)
+            if not self.store.commit(self.shard.name, column, items, data, **said_of(column, items, stamp)):
                 if known:
                     raise self._other_tar("another run has just reinforced another tar of that name")
                 if column.part == "caption":
@@ -261,19 +262,38 @@ class _ShardWork:
         if column in self.answers:
             self.answers[column].setdefault(index, []).append(part)
 
-    def _whole(self, column: Column) -> np.ndarray:
-        """The batches of a column put where they belong among all N rows. They are let go of on the way: of a shard of
-        12,500 samples and 30 views they are half a gigabyte for each teacher."""
-        shape = (column.num_items(self.recipe), len(self.rows.keys))
-        if column.teacher:
-            whole = np.full((*shape, self.worker.teachers[column.teacher].width), np.nan, ml_dtypes.bfloat16)
-        elif column.part == "caption":
-            whole = np.full(shape, "", dtype=object)
-        elif column.part == "pixels":
-            whole = np.zeros(shape, np.uint64)
-        else:
-            whole = np.full((*shape, len(augment.fields(self.recipe.view_sets[column.set]))), np.nan, np.float32)
-        parts = self.answers.pop(column)
-        for index in list(parts):
-            whole[index, self.good] = np.concatenate(parts.pop(index))
-        return whole
+    def _items(self, column: Column) -> "_Items":
+        """The views (captions) of a column, each with its batches put where they belong among all N rows. They are let
+        go of on the way: of a shard of 12,500 samples and 30 views they are half a gigabyte for each teacher."""
+        parts, num_rows = self.answers.pop(column), len(self.rows.keys)
+
+        def item(index: int) -> np.ndarray:
+            if column.teacher:
+                width = self.worker.teachers[column.teacher].width
+                whole = np.full((num_rows, width), np.nan, ml_dtypes.bfloat16)
+            elif column.part == "caption":
+                whole = np.full(num_rows, "", dtype=object)
+            elif column.part == "pixels":
+                whole = np.zeros(num_rows, np.uint64)
+            else:
+                fields = augment.fields(self.recipe.view_sets[column.set])
+                whole = np.full((num_rows, len(fields)), np.nan, np.float32)
+            if index in parts:
+                whole[self.good] = np.concatenate(parts.pop(index))
+            return whole
+
+        return _Items(column.num_items(self.recipe), item)
+
+
+@dataclass(frozen=True)
+class _Items:
+    """What a column is made of: made when they are asked for, once."""
+
+    num: int
+    make: Callable[[int], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.make, range(self.num))

@@ -6,7 +6,10 @@ repeats: so a chunk that belongs somewhere else is found out although it is whol
 """
 
 import hashlib
-from typing import Any
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -29,28 +32,90 @@ _NOWHERE = 2**64 - 1  # the offset of a chunk that lies wholly outside the array
 process.blosc_in_one_thread()
 
 
-def encode(array: np.ndarray, row_axis: int) -> dict[str, bytes]:
-    """The objects of a Zarr v3 array, METADATA and, unless it is empty, the one with its chunks: always the same for
-    the same array. A chunk holds one view (or caption) of up to CHUNK_ROWS rows."""
-    is_text = array.dtype.kind in "UTO"
+class Items(Protocol):
+    """Equal arrays, one after the other: a numpy array is one of these, and so is what makes each when it is asked."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A column as it will lie. Put together, `parts` are the object with its chunks; they are none where the array is
+    empty. `record` is what the metadata repeat of that object."""
+
+    metadata: dict[str, Any]
+    parts: list[bytes]
+    record: dict[str, Any]
+
+
+def encode(items: np.ndarray | Items, row_axis: int) -> Encoded:
+    """A Zarr v3 array: always the same for the same array. A chunk holds one view (or caption) of up to CHUNK_ROWS
+    rows.
+
+    Where `row_axis` is 1, `items` are views (or captions), and one is held at a time: so a column takes the memory that
+    it takes encoded. `zarr` itself would hold it whole, its chunks, and two copies of the object.
+    """
+    parts: list[bytes] = []
+    for number, item in enumerate(items if row_axis else [np.asarray(items)]):
+        item = item[None] if row_axis else item
+        if number == 0:
+            shape = (len(items), *item.shape[1:]) if row_axis else item.shape
+            metadata = json.loads(_created(shape, item.dtype, row_axis, True)[1][METADATA].to_bytes())
+            array, objects = _created(item.shape, item.dtype, row_axis, False)
+        if item.size:
+            array[...] = item
+            parts += [objects[name].to_bytes() for name in _names(item.shape, row_axis)]
+    if parts:
+        parts.append(_index([len(part) for part in parts]))
+    return Encoded(metadata, parts, _record_of(parts))
+
+
+def _created(shape: tuple[int, ...], dtype: np.dtype[Any], row_axis: int, sharded: bool) -> tuple[Any, Any]:
+    """An array in memory, and its objects by name. `sharded`: with all chunks in one object, as in a store."""
+    is_text = dtype.kind in "UTO"
     compressor = ZstdCodec(level=3) if is_text else BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
-    memory = MemoryStore()
-    chunk = _chunk_shape(array.shape, row_axis)
+    memory, chunk = MemoryStore(), _chunk_shape(shape, row_axis)
     made = zarr.create_array(
         memory,
-        shape=array.shape,
-        dtype="string" if is_text else array.dtype,
+        shape=shape,
+        dtype="string" if is_text else dtype,
         chunks=chunk,
-        shards=tuple(max(1, -(-length // side)) * side for length, side in zip(array.shape, chunk, strict=True)),
-        fill_value="" if is_text else _loud(array.dtype),
+        shards=tuple(n * side for n, side in zip(_num_chunks(shape, chunk), chunk, strict=True)) if sharded else None,
+        fill_value="" if is_text else _loud(dtype),
         filters=None,
         compressors=[compressor, Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
     )
-    if array.size:
-        made[...] = array
-    return {name: buffer.to_bytes() for name, buffer in memory._store_dict.items()}
+    return made, memory._store_dict
+
+
+def _num_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(1, -(-length // side)) for length, side in zip(shape, chunk, strict=True))
+
+
+def _names(shape: tuple[int, ...], row_axis: int) -> list[str]:
+    """Of the objects of an array that is not sharded."""
+    places = np.ndindex(_num_chunks(shape, _chunk_shape(shape, row_axis)))
+    return [".".join(["c", *map(str, place)]) for place in places]
+
+
+def _index(lengths: list[int]) -> bytes:
+    """What ends the object: offset and length of each chunk, and the CRC-32C of them all."""
+    ends = np.cumsum(lengths)
+    places = np.stack([ends - lengths, lengths], 1).astype("<u8").tobytes()
+    return places + int(google_crc32c.value(places)).to_bytes(_CRC, "little")
+
+
+def _record_of(parts: list[bytes]) -> dict[str, Any]:
+    digest, chunks, offset = hashlib.sha256(), [], 0
+    for part in parts:
+        digest.update(part)
+        chunks.append([offset, len(part), _crc(part)])
+        offset += len(part)
+    return {"chunks": chunks[:-1], "index_crc32c": chunks[-1][2], "sha256": digest.hexdigest()} if parts else {}
 
 
 def object_name(metadata: dict[str, Any]) -> str | None:

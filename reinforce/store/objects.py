@@ -89,10 +89,12 @@ class Objects:
             return []
         return sorted(path.removeprefix(f"{self._at(folder)}/") for path in found)
 
-    def create(self, path: str, data: bytes) -> bool:
-        """Put an object, whole or not at all. Gives False where there is one by that name already, which stays."""
+    def create(self, path: str, *parts: bytes) -> bool:
+        """Put an object, its parts one after the other, whole or not at all. Gives False where there is one by that
+        name already, which stays."""
         if self.local:
-            return self._link(path, data)
+            return self._link(path, parts)
+        data = b"".join(parts)
         try:
             self._fs.pipe_file(self._at(path), data, mode="create")
         except FileExistsError:
@@ -133,13 +135,13 @@ class Objects:
         with suppress(OSError):  # there is none, or somebody writes
             os.rmdir(self._at(PARTIAL))
 
-    def _link(self, path: str, data: bytes) -> bool:
+    def _link(self, path: str, parts: Iterable[bytes]) -> bool:
         target = self._at(path)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         partial = self._at(f"{PARTIAL}/{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}")
         try:
             with _opened(partial) as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             return _linked(partial, target)

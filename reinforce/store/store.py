@@ -22,7 +22,7 @@ from zarr.storage import FsspecStore, LocalStore
 from reinforce.data.shards import Status
 from reinforce.errors import Corrupt, NotCommitted, StoreError
 from reinforce.store import arrays
-from reinforce.store.arrays import Recorded
+from reinforce.store.arrays import Encoded, Items, Recorded
 from reinforce.store.columns import DIGEST, IDENTITY, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.metadata import GROUP, METADATA, group_json, group_objects, is_sealed, sealed
@@ -126,28 +126,28 @@ class Store:
         there = self.objects.there(shard, paths)
         return [column for path, column in paths.items() if path not in there]
 
-    def commit(self, shard: str, column: Column | str, array: np.ndarray, data: str = "", **more: Any) -> bool:
-        """Write one column of a shard, or of the group CLASSES. `data`: the identity of the tar's samples; `more`:
-        attributes besides those that every column has.
+    def commit(self, shard: str, column: Column | str, items: np.ndarray | Items, data: str = "", **more: Any) -> bool:
+        """Write one column of a shard, or of the group CLASSES. `items`: the array, or what makes its views or captions
+        one by one. `data`: the identity of the tar's samples; `more`: attributes besides those that every column has.
 
         Gives False where another writer was first and what is stored now has other bytes; they stay as they are.
         """
         column = Column.at(str(column))
         folder = f"{shard}/{column}"
-        objects = arrays.encode(array, column.row_axis)
-        metadata = json.loads(objects.pop(METADATA))
+        encoded = arrays.encode(items, column.row_axis)
+        name = arrays.object_name(encoded.metadata)
         self._create_groups(folder)
-        for stray in set(self.chunk_objects(shard, column)) - set(objects):
+        for stray in set(self.chunk_objects(shard, column)) - {name}:
             self.objects.remove(f"{folder}/{stray}")  # of format 1, which had an object for each chunk
         ours = True
-        attributes = self._binding(shard, column) | {"data": data, "rows": array.shape[column.row_axis]} | more
-        for name, chunks in objects.items():
-            stored = self._create_whole(f"{folder}/{name}", chunks, metadata)
-            ours = stored == chunks
-            attributes |= {"num_chunks": 1, **arrays.record(stored, metadata)}
-        if objects:
+        rows = encoded.metadata["shape"][column.row_axis]
+        attributes = self._binding(shard, column) | {"data": data, "rows": rows} | more
+        if name:
+            record = self._create_whole(f"{folder}/{name}", encoded)
+            ours = record == encoded.record
+            attributes |= {"num_chunks": 1, **record}
             self.objects.sync(folder)
-        written = sealed(metadata | {"attributes": attributes})
+        written = sealed(encoded.metadata | {"attributes": attributes})
         if not self.objects.create(f"{folder}/{METADATA}", written):
             ours = ours and self.objects.get(f"{folder}/{METADATA}") == written
         self.objects.sync(folder)
@@ -259,19 +259,17 @@ class Store:
                 )
         return written, metadata
 
-    def _create_whole(self, path: str, chunks: bytes, metadata: dict[str, Any]) -> bytes:
-        """Put the object with a column's chunks; gives what lies there then, ours or that of a writer before us."""
-        while not self.objects.create(path, chunks):
+    def _create_whole(self, path: str, encoded: Encoded) -> dict[str, Any]:
+        """Put the object with a column's chunks; gives the record of what lies there then, ours or of a writer before
+        us."""
+        while not self.objects.create(path, *encoded.parts):
             try:
-                stored = self.objects.get(path)
-                if stored != chunks:
-                    arrays.record(stored, metadata)
-                return stored
+                return arrays.record(self.objects.get(path), encoded.metadata)
             except FileNotFoundError:
                 pass  # removed meanwhile: put it again
             except Corrupt:
                 self.objects.remove(path)
-        return chunks
+        return encoded.record
 
     def _zarr(self) -> ZarrStore:
         if self.objects.local:
@@ -291,12 +289,12 @@ def identity(keys: Iterable[str], digests: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
-def said_of(column: Column, array: np.ndarray, stamp: dict[str, int | str]) -> dict[str, Any]:
+def said_of(column: Column, items: np.ndarray | Items, stamp: dict[str, int | str]) -> dict[str, Any]:
     """What a column of a shard says besides what all do, so that many shards are looked at by one object of each: of
     which tar its images are; how many of its samples are good."""
     if column == DIGEST:
         return {"tar": stamp}
-    return {"num_good": int((array == Status.GOOD).sum())} if column == STATUS else {}
+    return {"num_good": int((np.asarray(items) == Status.GOOD).sum())} if column == STATUS else {}
 
 
 def _manifest_json(manifest: Manifest) -> bytes:
