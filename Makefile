@@ -39,7 +39,7 @@ setup: $(VENV)/ready ## the environment in .venv, with the versions of constrain
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[reinforce,train,export,dev]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[reinforce,train,export,fast,dev]'
 	@touch $@
 
 setup-gpu: setup ## the CUDA kernels of mamba-ssm too, built here (needs nvcc and CUDA's torch; minutes)
@@ -114,7 +114,7 @@ pins: ## renew constraints.txt: the newest versions that pyproject.toml allows
 	@set -euo pipefail; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
 	grep -E '^(torch|torchvision)==' constraints.txt > "$$new/kept.txt"; \
 	$(PYTHON) -m venv "$$new/venv"; \
-	"$$new/venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$$new/kept.txt" -e '.[reinforce,train,export,dev]'; \
+	"$$new/venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$$new/kept.txt" -e '.[reinforce,train,export,fast,dev]'; \
 	"$$new/venv/bin/python" -m pip freeze --exclude-editable | sed -e '/ @ /d' -e 's/+.*//' | LC_ALL=C sort -f > "$$new/constraints.txt"; \
 	cp "$$new/constraints.txt" constraints.txt
 

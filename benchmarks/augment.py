@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from torchvision.transforms import functional as F  # noqa: E402
 
 SIZE = (375, 500)
 View = tuple[Image.Image, np.ndarray]
+T = TypeVar("T")
 
 
 def photograph(seed: int) -> Image.Image:
@@ -51,7 +53,7 @@ def by_torchvision(image: Image.Image, params: np.ndarray, view_px: int) -> np.n
     return np.array(view)
 
 
-def cpu_seconds(work: Callable[[View], object], views: Iterable[View]) -> float:
+def cpu_seconds(work: Callable[[T], object], views: Iterable[T]) -> float:
     start = time.thread_time()
     for view in views:
         work(view)

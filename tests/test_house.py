@@ -39,6 +39,7 @@ HEAVY = {
     "ray": {"reinforce.run.on_ray"},
     "zarr": {"reinforce.store.store", "reinforce.store.arrays", "reinforce.store.bfloat16"},
     "open_clip": {"reinforce.models.open_clip"},
+    "numba": {"reinforce.data.bicubic"},
     "tarfile": {"reinforce.data.tars"},
     "onnx": {"train.export"},
     "onnxruntime": {"train.export"},

@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from reinforce.config import ViewSet
 from reinforce.data import draws
+from reinforce.data.resize import Picture, mode_and_size, resized
 from reinforce.errors import ReplayError
 
 NUM_TRIES = 10  # for a crop that fits in the image, before the central one is taken
@@ -115,21 +116,21 @@ def _crop(view_set: ViewSet, size: tuple[int, int], uniforms: list[float]) -> tu
     return (full_height - height) // 2, (full_width - width) // 2, height, width
 
 
-def replay(image: Image.Image, params: np.ndarray, size: tuple[int, int], view_px: int) -> np.ndarray:
-    """The view (view_px, view_px, 3) uint8 that `params` (P,) stand for.
+def replay(image: Picture, params: np.ndarray, size: tuple[int, int], view_px: int) -> np.ndarray:
+    """The view (view_px, view_px, 3) uint8 that `params` (P,) stand for. `image` is a picture, or what `resize.ready`
+    makes of it once for many views.
 
     `size` is (height, width) in pixels of the image they were drawn for. Raises ReplayError if `image` is not RGB of
     this size, or if `params` are no view of such an image.
     """
-    if image.mode != "RGB" or (image.height, image.width) != tuple(size):
+    mode, height, width = mode_and_size(image)
+    if mode != "RGB" or (height, width) != tuple(size):
         raise ReplayError(
             f"the view was drawn for an RGB image of {size[0]} x {size[1]} pixels (height x width), and this one is "
-            f"{image.mode} of {image.height} x {image.width}: give the image as it was, not a resized copy"
+            f"{mode} of {height} x {width}: give the image as it was, not a resized copy"
         )
     (top, left, height, width), ops = _parse(params, size)
-    crop = image.crop((left, top, left + width, top + height))
-    # Width first, by our word: from version 13 Pillow would take a tall crop's height first, which rounds differently.
-    view = crop.resize((view_px, height), Image.Resampling.BICUBIC).resize((view_px, view_px), Image.Resampling.BICUBIC)
+    view = resized(image, (left, top, left + width, top + height), view_px)
     for op, magnitude in ops:
         view = op.apply(view, magnitude)
     return np.array(view)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from reinforce.config import ViewSet
-from reinforce.data import augment, images, shards
+from reinforce.data import augment, images, resize, shards
 from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import SampleError
 
@@ -72,13 +72,17 @@ def views(
 ) -> Iterator[View]:
     """The views of a batch, one index after the other, each replayed at every size that a model needs."""
 
-    def make(sample: Sample, picture: Image.Image, index: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        size = (picture.height, picture.width)
+    sizes = [(picture.height, picture.width) for picture in batch.pictures]
+    pictures = list(pool.map(resize.ready, batch.pictures))
+
+    def make(
+        sample: Sample, picture: resize.Picture, size: tuple[int, int], index: int
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         params = augment.draw(view_set, seed, set_name, sample.key, index, size)
         return params, {side: augment.replay(picture, params, size, side) for side in sides}
 
     for index in range(view_set.num_views):
-        made = list(pool.map(make, batch.samples, batch.pictures, [index] * len(batch.rows)))
+        made = list(pool.map(make, batch.samples, pictures, sizes, [index] * len(batch.rows)))
         pixels = {side: np.stack([replayed[side] for _, replayed in made]) for side in sides}
         yield View(index, np.stack([params for params, _ in made]), pixels)
 
