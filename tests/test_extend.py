@@ -65,7 +65,7 @@ def test_what_was_there_is_untouched_and_the_rest_is_as_if_written_at_once(
     driver.run(tars, str(tmp_path / "at_once"), larger(few, recipe), RUN)
     one, other = Store(store), Store(str(tmp_path / "at_once"))
     columns = one.promised().columns()
-    assert columns == other.promised().columns() and len(columns) == 4 + 2 + 4 + 4 + 4
+    assert columns == other.promised().columns() and len(columns) == 5 + 2 + 4 + 4 + 4
     for shard, column in [("00001", c) for c in columns] + [("__classes__", c) for c in one.promised().class_columns()]:
         a, b = (made.read(shard, column) for made in (one, other))
         assert np.array_equal(a, b) or (column.teacher and np.array_equal(a.view(np.uint16), b.view(np.uint16))), column

@@ -137,6 +137,7 @@ def test_what_teachers_know_is_not_read_where_nobody_asks(reinforced: Reinforced
     assert {column for _, column, _ in read} == {
         "key",
         "digest",
+        "place",
         "size",
         "view/base/augment",
         "text/original/caption",
@@ -222,6 +223,22 @@ def test_a_tar_whose_images_have_changed(reinforced: Reinforced, tmp_path: Path,
         shards.write(str(path), [(key, {"jpg": jpg, "txt": b"x"}) for key, _ in samples])
         with pytest.raises(ReplayError, match=r"00002-2-\d+: this is another image than the one that was reinforced"):
             list(loader(config(reinforced, shards=str(path)), workers, streams=1).batches(0, 1))
+
+
+def test_a_tar_is_not_gone_through_unless_it_was_packed_anew(
+    reinforced: Reinforced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store knows where the images lie in the tar that was reinforced, and in any copy of it."""
+    expected = list(loader(config(reinforced)).batches(0, 4))
+    for shard in shards.expand(reinforced.shards):
+        samples = list(shards.read_parts(shard, ("jpg", "txt")))
+        shards.write(str(tmp_path / f"{shard.name}.tar"), [(key, dict(sorted(p.items())[::-1])) for key, p in samples])
+    anew = config(reinforced, shards=f"{tmp_path}/*.tar")
+    assert same(list(loader(anew).batches(0, 4)), expected)
+    monkeypatch.setattr(shards, "locate", None)
+    assert same(list(loader(config(reinforced)).batches(0, 4)), expected)
+    with pytest.raises(TypeError):
+        list(loader(anew).batches(0, 4))
 
 
 def test_remote_tars_are_copied_once(reinforced: Reinforced, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_recipe_names_its_columns_and_a_column_knows_what_it_is(recipe: Recipe
     assert both.text_sets == {"original": 4, "coca": 2}
     asked = {str(column): column for column in columns(both)}
     assert list(asked) == [
-        *("key", "digest", "status", "size", "text/original/caption", "text/coca/caption"),
+        *("key", "digest", "place", "status", "size", "text/original/caption", "text/coca/caption"),
         *("view/base/augment", "view/base/pixels"),
         *("text/original/vit", "text/original/conv", "text/coca/vit", "text/coca/conv"),
         *("view/base/vit", "view/base/conv"),
@@ -129,7 +129,7 @@ def test_a_recipe_names_its_columns_and_a_column_knows_what_it_is(recipe: Recipe
     num_items = {column.set: column.num_items(both) for column in columns(both) if column.row_axis == 1}
     assert num_items == {"original": 4, "coca": 2, "base": 3}
     assert {str(column) for column in everything if column.row_axis == 0} == {
-        *("key", "digest", "status", "size", "kinds/name", "kinds/vit", "kinds/conv")
+        *("key", "digest", "place", "status", "size", "kinds/name", "kinds/vit", "kinds/conv")
     }
     for path in ("", "a/b/c", "view/base/vit/more"):
         with pytest.raises(ValueError, match="no column lies at"):

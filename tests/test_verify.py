@@ -40,7 +40,7 @@ def rewritten(store: str, column: str, change) -> None:
 def test_a_sound_store_replays_whole(made: tuple[str, str]) -> None:
     shards, store = made
     report = verify(store, shards, 1000, "cpu")
-    assert report.sound and report.columns_checked == 2 * 14
+    assert report.sound and report.columns_checked == 2 * 15
     assert report.replay["views"] == report.replay["pixel_equal"] == 2 * 5 * 3
     assert report.replay["cosine_min"] > 0.999
 

@@ -16,7 +16,7 @@ from reinforce.data import augment, images, shards
 from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import ConfigError, ReplayError, SampleError, ShardError, StoreError
 from reinforce.progress import Progress
-from reinforce.store.columns import CLASSES, DIGEST, FORMAT_VERSION, KEY, STATUS, Column
+from reinforce.store.columns import CLASSES, DIGEST, FORMAT_VERSION, KEY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity, said_of
 
@@ -66,32 +66,37 @@ def _upgrade(old: Store, made: Store, manifest: Manifest, shard: Shard, pool: Th
     columns = manifest.columns()
     if absent := old.missing(shard.name, columns):
         raise StoreError(f"{shard.name}/{absent[0]} is missing; finish the run first, with the same recipe")
-    if not made.missing(shard.name, [*columns, DIGEST]):
+    if not made.missing(shard.name, made.promised().columns()):
         return
     for column in columns:
         old.check(shard.name, column)
     keys = old.read(shard.name, KEY).tolist()
-    digests = np.array(list(_digests(old, manifest, shard, keys, pool)), np.uint64)
+    found = list(_digests(old, manifest, shard, keys, pool))
+    digests = np.array([digest for digest, _ in found], np.uint64)
+    new = {DIGEST: digests, PLACE: np.array([place for _, place in found], np.int64).reshape(-1, 2)}
     data, stamp = identity(keys, digests), shards.stamp(shard.url)
     for column in made.promised().columns():
         if not made.has(shard.name, column):
-            array = digests if column == DIGEST else old.read(shard.name, column)
+            array = new[column] if column in new else old.read(shard.name, column)
             made.commit(shard.name, column, array, data, **said_of(column, array, stamp))
 
 
-def _digests(old: Store, manifest: Manifest, shard: Shard, keys: list[str], pool: ThreadPoolExecutor) -> Iterator[int]:
-    """Of every sample; 0 of those in quarantine. Raises ReplayError where an image is not the one that was stored."""
+def _digests(
+    old: Store, manifest: Manifest, shard: Shard, keys: list[str], pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The digest of every sample's image and where it lies in the tar; 0 of those in quarantine. Raises ReplayError
+    where an image is not the one that was stored."""
     recipe = manifest.parsed_recipe()
     name, view_set = next(iter(recipe.view_sets.items()))
     params, hashes = (old.read(shard.name, Column("view", name, part), 0) for part in ("augment", "pixels"))
     status = old.read(shard.name, STATUS)
 
-    def digest(numbered: tuple[int, Sample]) -> int:
+    def digest(numbered: tuple[int, Sample]) -> tuple[int, tuple[int, int]]:
         row, sample = numbered
         if row >= len(keys) or sample.key != keys[row]:
             raise ReplayError(f"{shard.url}: row {row} is '{sample.key}', and another in the store")
         if status[row] != Status.GOOD:
-            return 0
+            return 0, (0, 0)
         try:
             picture = images.decode(sample.image)
             view = augment.replay(picture, params[row], (picture.height, picture.width), view_set.view_px)
@@ -99,7 +104,7 @@ def _digests(old: Store, manifest: Manifest, shard: Shard, keys: list[str], pool
             raise ReplayError(f"{shard.url}: {sample.key}: {error}") from error
         if augment.pixel_hash(view) != int(hashes[row]):
             raise ReplayError(f"{shard.url}: {sample.key} is another image than the one that was reinforced")
-        return shards.image_digest(sample.image)
+        return shards.image_digest(sample.image), (sample.offset, len(sample.image))
 
     samples, found = enumerate(shards.read(shard, recipe.num_original_captions > 0)), 0
     while group := list(islice(samples, _AT_ONCE)):

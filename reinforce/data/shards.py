@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TypeVar
 
@@ -62,13 +62,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, undecoded, and its captions. In quarantine both are empty and `detail` says why."""
+    """One image, undecoded, its captions, and where the image begins in its tar, in bytes. In quarantine they are empty
+    and `detail` says why."""
 
     key: str
     image: bytes
     captions: tuple[str, ...]
     status: Status = Status.GOOD
     detail: str = ""
+    offset: int = field(default=0, compare=False)
 
     def repeated(self, num: int) -> list[str]:
         """`num` captions: where it has fewer they are repeated, so that any index is a caption of its image."""
@@ -143,13 +145,16 @@ def read(shard: Shard, captioned: bool = True) -> Iterator[Sample]:
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
     seen: set[str] = set()
-    for key, parts in read_parts(shard, IMAGES + CAPTIONS):
+    for key, members in _samples(shard, IMAGES + CAPTIONS):
         try:
             if key in seen:
                 raise SampleError(
                     Status.DUPLICATE_KEY, f"{key}: comes twice; give each sample one key, its files side by side"
                 )
-            sample = Sample(key, _image(key, parts), _captions(key, parts) if captioned else ())
+            parts = {extension: data for extension, (_, data) in members.items()}
+            extension = _image(key, parts)
+            captions = _captions(key, parts) if captioned else ()
+            sample = Sample(key, parts[extension], captions, offset=members[extension][0])
         except SampleError as error:
             sample = Sample(key, b"", (), Status(error.status), error.message)
         seen.add(key)
@@ -161,14 +166,20 @@ def read_parts(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str,
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
+    for key, members in _samples(shard, extensions):
+        yield key, {extension: data for extension, (_, data) in members.items()}
+
+
+def _samples(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
+    """Key and {extension: (offset, bytes)} of every sample."""
 
     def wanted(path: str) -> bool:
         name = _split(path)
         return name is not None and name[1] in extensions
 
     for key, copies in _groups(tars.members(shard.url, wanted)):
-        for parts in copies:
-            yield key, parts
+        for members in copies:
+            yield key, members
 
 
 def image_digest(image: bytes) -> int:
@@ -265,10 +276,11 @@ def _groups(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[dict[s
         yield current, copies
 
 
-def _image(key: str, parts: dict[str, bytes]) -> bytes:
+def _image(key: str, parts: dict[str, bytes]) -> str:
+    """The extension of its image."""
     for extension in IMAGES:
         if extension in parts:
-            return parts[extension]
+            return extension
     raise SampleError(
         Status.MISSING_IMAGE, f"{key}: has no image, only {', '.join(parts)}; add one of {', '.join(IMAGES)}"
     )

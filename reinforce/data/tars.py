@@ -18,8 +18,8 @@ _FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
 _NAMES: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
-def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every regular file; of those that are not wanted, no bytes.
+def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, tuple[int, bytes]]]:
+    """Name, offset in bytes and bytes of every regular file; of those that are not wanted, no bytes.
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
@@ -31,7 +31,7 @@ def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, byte
             for member in _regular(tar):
                 content = tar.extractfile(member)
                 if content is not None:
-                    yield member.name, content.read() if wanted(member.name) else b""
+                    yield member.name, (member.offset_data, content.read() if wanted(member.name) else b"")
             tail = bytes(1 << 16)
             while len(tail) == 1 << 16:
                 tail = tar.fileobj.read(1 << 16)  # type: ignore[union-attr]

@@ -24,6 +24,7 @@ class Rows:
 
     keys: list[str] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)  # 0 where it is not good
+    places: list[tuple[int, int]] = field(default_factory=list)  # offset and length in the tar; 0, 0 where not good
     statuses: list[Status] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # height, width; 0, 0 where not decoded
 
@@ -54,6 +55,7 @@ def batches(shard: Shard, rows: Rows, batch_size: int, captioned: bool, pool: Ex
         for sample, (status, digest, picture) in zip(group, pool.map(_decode, group), strict=True):
             rows.keys.append(sample.key)
             rows.digests.append(digest)
+            rows.places.append((sample.offset, len(sample.image)) if picture else (0, 0))
             rows.statuses.append(status)
             rows.sizes.append((picture.height, picture.width) if picture else (0, 0))
             if picture:

@@ -25,7 +25,7 @@ from reinforce.models.device import card, pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
-from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, STATUS, Column, class_columns, columns
+from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, PLACE, STATUS, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity, said_of
 
@@ -189,6 +189,8 @@ class _ShardWork:
             return np.array(self.rows.keys, dtype=object)
         if column == DIGEST:
             return np.array(self.rows.digests, dtype=np.uint64)
+        if column == PLACE:
+            return np.array(self.rows.places, dtype=np.int64).reshape(-1, 2)
         if column == STATUS:
             return np.array(self.rows.statuses, dtype=np.uint8)
         return np.array(self.rows.sizes, dtype=np.int32).reshape(-1, 2)

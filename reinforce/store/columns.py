@@ -14,7 +14,7 @@ class Column:
     """`part` of a set. Its `str()` is its path in the group of a shard or, for a class set, in the group CLASSES.
 
     kind      path                 array
-    sample    <part>               (N,), and (N, 2) for `size`; there is no set
+    sample    <part>               (N,), and (N, 2) for `size` and `place`; there is no set
     view      view/<set>/<part>    (A, N) or (A, N, width)
     text      text/<set>/<part>    (C, N) or (C, N, width)
     class     <set>/<part>         (classes,) or (classes, width)
@@ -61,15 +61,16 @@ class Column:
         return recipe.view_sets[self.set].num_views if self.kind == "view" else recipe.text_sets[self.set]
 
 
-KEY, DIGEST, STATUS, SIZE = (Column("sample", "", part) for part in ("key", "digest", "status", "size"))
+KEY, DIGEST, PLACE, STATUS, SIZE = (Column("sample", "", part) for part in ("key", "digest", "place", "status", "size"))
 IDENTITY = (KEY, DIGEST)  # of the data: what a shard's other columns belong to
 
 
 def columns(recipe: Recipe, format_version: int = FORMAT_VERSION) -> list[Column]:
-    """The columns of every shard's group, in the order in which they are committed. Format 1 had no digests."""
+    """The columns of every shard's group, in the order in which they are committed. Format 1 had neither digests nor
+    places."""
     views, texts, teachers = recipe.view_sets, recipe.text_sets, recipe.teachers
     return [
-        *(KEY, *([DIGEST] if format_version > 1 else []), STATUS, SIZE),
+        *(KEY, *([DIGEST, PLACE] if format_version > 1 else []), STATUS, SIZE),
         *(Column("text", name, "caption") for name in texts),
         *(Column("view", name, part) for name in views for part in ("augment", "pixels")),
         *(Column("text", name, teacher) for name in texts for teacher in teachers),

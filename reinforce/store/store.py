@@ -23,7 +23,7 @@ from reinforce.data.shards import Status
 from reinforce.errors import Corrupt, NotCommitted, StoreError
 from reinforce.store import arrays
 from reinforce.store.arrays import Encoded, Items, Recorded
-from reinforce.store.columns import DIGEST, IDENTITY, STATUS, Column
+from reinforce.store.columns import DIGEST, IDENTITY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.metadata import GROUP, METADATA, group_json, group_objects, is_sealed, sealed
 from reinforce.store.objects import Objects
@@ -291,8 +291,8 @@ def identity(keys: Iterable[str], digests: np.ndarray) -> str:
 
 def said_of(column: Column, items: np.ndarray | Items, stamp: dict[str, int | str]) -> dict[str, Any]:
     """What a column of a shard says besides what all do, so that many shards are looked at by one object of each: of
-    which tar its images are; how many of its samples are good."""
-    if column == DIGEST:
+    which tar they are; how many of its samples are good."""
+    if column in (DIGEST, PLACE):
         return {"tar": stamp}
     return {"num_good": int((np.asarray(items) == Status.GOOD).sum())} if column == STATUS else {}
 

@@ -146,13 +146,13 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
             self.tokenizer([shard.captions[text_set][row] for shard, row in rows]),
             {name: stacked([s.image_targets[name][row] for s, row in rows]) for name in self.logit_scales},
             {name: stacked([s.text_targets[text_set][name][row] for s, row in rows]) for name in self.logit_scales},
-            [shard.places[row].key for shard, row in rows],
+            [shard.keys[row] for shard, row in rows],
         )
 
     def _pixels(self, shard: Opened, row: int) -> np.ndarray:
         height, width = shard.sizes[row].tolist()
         return replayed(
-            shard.path, shard.places[row], shard.params[row], (height, width), self.image_px, shard.digest(row)
+            shard.path, shard.place(row), shard.params[row], (height, width), self.image_px, shard.digest(row)
         )
 
 

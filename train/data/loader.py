@@ -165,7 +165,7 @@ def _rows_of(pieces: Iterator[Piece], open_: Callable[[Piece], "Future[Opened]"]
 def _work(rows: list[_Row]) -> _Work:
     samples = []
     for item in rows:
-        place = item.shard.places[item.row]
+        place = item.shard.place(item.row)
         height, width = item.shard.sizes[item.row].tolist()
         params = item.shard.params[item.row]
         samples.append((item.shard.path, place, (height, width), params, item.shard.digest(item.row)))

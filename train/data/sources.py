@@ -23,7 +23,7 @@ from reinforce.data import augment, draws, images, shards
 from reinforce.data.shards import Place, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError
 from reinforce.progress import Progress
-from reinforce.store.columns import DIGEST, KEY, STATUS, Column
+from reinforce.store.columns import DIGEST, KEY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity
 from train.config import TrainConfig
@@ -44,18 +44,23 @@ class TeacherFacts:
 class Opened:
     """One shard in one epoch: for each of its N rows one view, and one caption of each text set.
 
-    `params` (N, P); `sizes` (N, 2) height and width; `digests` (N,) of the images, where they are known; `captions` N
-    texts per set; `image_targets` (N, D_k) bfloat16 per teacher; `text_targets` likewise, by set and teacher.
+    `places` (N, 2) offset and length of the images in the tar, in bytes; `params` (N, P); `sizes` (N, 2) height and
+    width; `digests` (N,) of the images, where they are known; `captions` N texts per set; `image_targets` (N, D_k)
+    bfloat16 per teacher; `text_targets` likewise, by set and teacher.
     """
 
     path: str
-    places: list[Place]
+    keys: list[str]
+    places: np.ndarray
     sizes: np.ndarray
     params: np.ndarray
     captions: dict[str, list[str]]
     image_targets: dict[str, np.ndarray]
     text_targets: dict[str, dict[str, np.ndarray]]
     digests: np.ndarray | None = None
+
+    def place(self, row: int) -> Place:
+        return Place(self.keys[row], *self.places[row].tolist())
 
     def digest(self, row: int) -> int | None:
         """Of an image, where it is known."""
@@ -121,16 +126,14 @@ class StoreSource:
     def open(self, shard: str, epoch: int) -> Opened:
         """Raises ManifestMismatch where the tar is not the one that was reinforced, NotCommitted, Corrupt."""
         path = local_copy(self._shards[shard].url, self._config.cache_dir)
-        places = shards.locate(path)
         keys = self._store.read(shard, "key").tolist()
-        if keys != [place.key for place in places]:
-            raise ManifestMismatch(
-                f"{self._shards[shard].url} and {self._store.url}/{shard} do not belong together: "
-                f"{_first_difference(keys, places)}; give the tars that the store was made from"
-            )
         digests = self._store.read(shard, "digest") if self._has_digests else None
         data = None if digests is None else identity(keys, digests)
         read = partial(self._store.read, shard, data=data)
+        if self._has_digests and self._store.attributes(shard, PLACE)["tar"] == shards.stamp(path):
+            places = read(str(PLACE))
+        else:  # packed anew, or a store of format 1: the tar has to be gone through
+            places = self._located(shard, path, keys)
         number = self._index(f"view/{self._config.view_set}", shard, epoch, len(self._views))
         view_set, view_index = self._views[number]
         view = f"view/{view_set}"
@@ -143,6 +146,7 @@ class StoreSource:
             captions, text_targets = self._mixed(shard, epoch, captions, text_targets)
         return Opened(
             path,
+            keys,
             places,
             read("size"),
             read(f"{view}/augment", view_index),
@@ -151,6 +155,15 @@ class StoreSource:
             text_targets,
             digests,
         )
+
+    def _located(self, shard: str, path: str, keys: list[str]) -> np.ndarray:
+        located = shards.locate(path)
+        if keys != [place.key for place in located]:
+            raise ManifestMismatch(
+                f"{self._shards[shard].url} and {self._store.url}/{shard} do not belong together: "
+                f"{_first_difference(keys, located)}; give the tars that the store was made from"
+            )
+        return _places(located)
 
     def _good_rows(self, shard: Shard) -> GoodRows:
         """Where all samples are good, the column need not be read: its metadata say so."""
@@ -212,13 +225,18 @@ class PlainSource:
 
     def open(self, shard: str, epoch: int) -> Opened:
         path = local_copy(self._shards[shard].url, self._config.cache_dir)
-        places, sizes, views = shards.locate(path), self._sizes[shard], self._config.fresh_views
-        params = np.full((len(places), len(augment.fields(views))), np.nan, np.float32)
+        located, sizes, views = shards.locate(path), self._sizes[shard], self._config.fresh_views
+        keys = [place.key for place in located]
+        params = np.full((len(keys), len(augment.fields(views))), np.nan, np.float32)
         for row in self.good_rows[shard].rows:
             size = (int(sizes[row, 0]), int(sizes[row, 1]))
-            params[row] = augment.draw(views, self._config.seed, "train", places[row].key, epoch, size)
+            params[row] = augment.draw(views, self._config.seed, "train", keys[row], epoch, size)
         texts = [captions[epoch % len(captions)] if captions else "" for captions in self._captions[shard]]
-        return Opened(path, places, sizes, params, {ORIGINAL: texts}, {}, {})
+        return Opened(path, keys, _places(located), sizes, params, {ORIGINAL: texts}, {}, {})
+
+
+def _places(located: list[Place]) -> np.ndarray:
+    return np.array([(place.offset, place.length) for place in located], np.int64).reshape(-1, 2)
 
 
 def local_copy(url: str, cache_dir: str | None) -> str:
