@@ -7,6 +7,7 @@
     ├── SampleError (ValueError)        one image or caption cannot be used; goes to quarantine
     ├── ReplayError (ValueError)        view parameters and image do not belong together
     ├── Diverged (ArithmeticError)      a loss is NaN or infinite
+    ├── DeviceLost (RuntimeError)       a GPU has failed, and this process can use it no more
     └── StoreError
         ├── ManifestMismatch            the store promises something other than was asked
         ├── NotCommitted (LookupError)  the column is not there (yet)
@@ -60,6 +61,10 @@ class ReplayError(ReinforceError, ValueError):
 
 class Diverged(ReinforceError, ArithmeticError):
     """The loss of a step is NaN or infinite; nothing of that step was kept."""
+
+
+class DeviceLost(ReinforceError, RuntimeError):
+    """A call failed on the GPU in a way after which all calls of this process fail: an illegal access, an ECC error."""
 
 
 class StoreError(ReinforceError):

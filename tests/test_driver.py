@@ -12,9 +12,11 @@ import torch
 from ray.cluster_utils import Cluster
 
 from reinforce.config import Recipe, RunOptions
-from reinforce.errors import ConfigError, ManifestMismatch
+from reinforce.data.shards import Shard
+from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch
 from reinforce.run import driver
 from reinforce.run import on_ray as on_ray_room
+from reinforce.run.reports import ShardReport
 from reinforce.store.store import Store
 from tests import tiny
 from tests.processes import Run, kill
@@ -189,6 +191,34 @@ def test_a_worker_that_hangs_is_given_up_and_its_shards_are_done(recipe: Recipe,
     run.gone()
     Store(str(tmp_path / "s")).objects.sweep()  # as the next run does: it was killed in mid-write, and died late
     assert tiny.tree(tmp_path / "s") == tiny.tree(tmp_path / "calm")
+
+
+class WithOneBadGpu(on_ray_room.RemoteWorker):
+    """The first actor that asks loses its GPU at its first shard; a process that has lost it fails at once for ever."""
+
+    def reinforce(self, shard: Shard) -> ShardReport:
+        try:
+            Path(self.worker.store.url, "..", "lost").resolve().touch(exist_ok=False)
+            self.lost = True
+        except FileExistsError:
+            pass
+        if getattr(self, "lost", False):
+            raise DeviceLost("the GPU has failed: CUDA error: an illegal memory access was encountered")
+        return super().reinforce(shard)
+
+
+def test_a_worker_that_has_lost_its_gpu_is_replaced(
+    on_ray: None,
+    recipe: Recipe,
+    tars: list[str],
+    alone: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(on_ray_room, "RemoteWorker", WithOneBadGpu)
+    report = driver.run("::".join(tars), str(tmp_path / "s"), recipe, RunOptions(workers="1", device="cpu"))
+    assert (report.done, report.failed, report.workers_lost) == (5, [], 1)
+    assert tiny.tree(tmp_path / "s") == alone
 
 
 @pytest.mark.parametrize("victim", ["worker", "driver", "everything"])

@@ -7,11 +7,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import augment, images, shards
 from reinforce.data.shards import Status, expand
-from reinforce.errors import ManifestMismatch
+from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch
 from reinforce.models.teacher import Teacher
 from reinforce.run.worker import Worker
 from reinforce.store.columns import columns
@@ -30,6 +31,44 @@ def updated(recipe: Recipe, **changes) -> Recipe:
     return Recipe.model_validate(recipe.model_dump() | changes)
 
 
+FULL, LOST = torch.OutOfMemoryError("CUDA out of memory. Tried to.."), RuntimeError("CUDA error: illegal access\nmore")
+OTHER = RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize(
+    ("loading", "raised", "expected", "told"),
+    [
+        (
+            True,
+            FULL,
+            ConfigError,
+            "models cannot be loaded: the GPU's memory is full .CUDA out of memory.; free it",
+        ),
+        (False, FULL, OSError, "the GPU's memory is full"),  # it may be free at the next try
+        (True, LOST, DeviceLost, "the GPU has failed: CUDA error: illegal access; look at"),
+        (False, LOST, DeviceLost, "the GPU has failed: CUDA error: illegal access; look at"),
+        (True, OTHER, RuntimeError, "^shapes differ$"),  # a fault of ours
+        (False, OTHER, RuntimeError, "^shapes differ$"),
+    ],
+)
+def test_what_a_gpu_raises_is_told_apart(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loading: bool,
+    raised: Exception,
+    expected: type[Exception],
+    told: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(Teacher, "__init__" if loading else "encode_images", fail)
+    with pytest.raises(expected, match=told):
+        reinforce(recipe, tiny.tar(tmp_path / "00000.tar", 3), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
 # 11 samples in batches of 4: more than one batch, and a smaller last one. 9: a last batch of one.
 @pytest.mark.parametrize("num", [11, 9, 4, 1])
 def test_every_row_holds_its_own_sample(recipe: Recipe, tmp_path: Path, num: int) -> None:
@@ -40,7 +79,7 @@ def test_every_row_holds_its_own_sample(recipe: Recipe, tmp_path: Path, num: int
     store = Store(str(tmp_path / "s"))
     assert store.missing("00000", columns(recipe)) == []
     samples = list(shards.read(*expand(tar)))
-    teachers = {n: Teacher(c, recipe.batch_size, __import__("torch").device("cpu")) for n, c in recipe.teachers.items()}
+    teachers = {n: Teacher(c, recipe.batch_size, torch.device("cpu")) for n, c in recipe.teachers.items()}
     assert store.read("00000", "key").tolist() == [sample.key for sample in samples]
     for name, teacher in teachers.items():
         views, texts = store.read("00000", f"view/base/{name}"), store.read("00000", f"text/original/{name}")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from reinforce import process
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, DeviceLost
 
 
 def pick_device(name: str) -> torch.device:
@@ -22,6 +22,18 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         process.full_float32()
     return device
+
+
+def device_fault(error: RuntimeError) -> Exception | None:
+    """What an error of torch means for the work: OSError where another try may succeed, DeviceLost where this process
+    can do no more; None where it says nothing of a device."""
+    if isinstance(error, torch.OutOfMemoryError):
+        told = str(error).partition(".")[0]
+        return OSError(f"the GPU's memory is full ({told}); free it, or use a recipe with a smaller batch_size")
+    # torch.AcceleratorError, which torch has from 2.8 on. Whatever the fault, CUDA gives it to every call that follows.
+    if "CUDA error" in str(error):
+        return DeviceLost(f"the GPU has failed: {str(error).splitlines()[0]}; look at nvidia-smi, and run again")
+    return None
 
 
 def card(device: torch.device) -> dict[str, str]:

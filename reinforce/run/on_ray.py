@@ -16,7 +16,7 @@ from typing import Any
 from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
-from reinforce.errors import ConfigError, ManifestMismatch, MissingExtra, ReinforceError
+from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, MissingExtra, ReinforceError
 from reinforce.run.reports import ShardReport
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,12 @@ class Crew:
                 yield from self._lost(member, TimeoutError(f"it has been silent for {silent_s:.0f} s"))
 
     def _raised(self, member: _Member, ref: Any, error: Any) -> Iterator[ShardReport]:
-        """The worker lives, its call raised: a request that is wrong ends the run, a shard gets another try."""
+        """The worker lives, its call raised. A request that is wrong ends the run, a shard gets another try, and a
+        worker that has lost its GPU is let go: it would fail at every shard that is left."""
+        if isinstance(error.cause, DeviceLost):
+            self.ray.kill(member.actor)
+            yield from self._lost(member, error.cause)
+            return
         if member.loading or isinstance(error.cause, (ConfigError, ManifestMismatch)):
             raise error.cause if isinstance(error.cause, ReinforceError) else error
         yield from self._again(member.shards.pop(ref), f"{type(error.cause).__name__}: {error.cause}")

@@ -19,9 +19,9 @@ from reinforce import process
 from reinforce.config import ORIGINAL, Recipe, RunOptions
 from reinforce.data import augment, shards
 from reinforce.data.shards import Shard, Status
-from reinforce.errors import ManifestMismatch, ShardError
+from reinforce.errors import ConfigError, ManifestMismatch, ShardError
 from reinforce.models.captioner import Captioner
-from reinforce.models.device import card, pick_device
+from reinforce.models.device import card, device_fault, pick_device
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, ahead, batches, views
 from reinforce.run.reports import ShardReport
@@ -36,21 +36,29 @@ class Worker:
     def __init__(self, recipe: Recipe, store_url: str, options: RunOptions) -> None:
         """Loads the models, compares them with what the store promises, writes the class texts that are missing.
 
-        Raises ConfigError, ManifestMismatch.
+        Raises ConfigError, ManifestMismatch, DeviceLost.
         """
         device = pick_device(options.device)
         if device.type == "cpu":
             process.torch_threads(recipe.cpu_threads)
         self.recipe, self.options, self.store = recipe, options, Store(store_url)
         self.threads = options.decode_threads or decode_threads(device)
-        self.teachers = {
-            name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
-            for name, config in recipe.teachers.items()
-        }
-        self.captioners = {
-            name: Captioner(config, recipe.batch_size, device, recipe.random_seed)
-            for name, config in recipe.captioners.items()
-        }
+        try:
+            self.teachers = {
+                name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
+                for name, config in recipe.teachers.items()
+            }
+            self.captioners = {
+                name: Captioner(config, recipe.batch_size, device, recipe.random_seed)
+                for name, config in recipe.captioners.items()
+            }
+        except RuntimeError as error:
+            fault = device_fault(error)
+            if isinstance(fault, OSError):
+                fault = ConfigError(f"the models cannot be loaded: {fault}")
+            if fault:
+                raise fault from error
+            raise
         described = {
             "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
@@ -75,7 +83,8 @@ class Worker:
     def reinforce(self, shard: Shard) -> ShardReport:
         """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
 
-        Of a tar that is broken, the report says what is wrong. Raises OSError where another try may succeed.
+        Of a tar that is broken, the report says what is wrong. Raises OSError where another try may succeed, DeviceLost
+        where no other call of this process will.
         """
         start = time.monotonic()
         stamp = shards.stamp(shard.url)
@@ -91,6 +100,10 @@ class Worker:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try
                 return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
+            except RuntimeError as error:
+                if fault := device_fault(error):
+                    raise fault from error
+                raise
         refusal = work.refusal()
         try:
             if not refusal and not work.commit(stamp):
