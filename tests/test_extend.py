@@ -162,3 +162,34 @@ def test_a_damaged_addition_is_an_error(small: tuple[str, str, Recipe], recipe: 
         StoreError, match=r"manifest.0001.json is not as it was written|manifest in its zarr.json is not"
     ):
         Store(store).promised()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_samples_get_a_third_teacher_and_two_views(recipe: Recipe, tmp_path: Path) -> None:
+    """By the commands, as a user would; a student of before learns bit for bit the same after."""
+    tars, store = "samples/train/*.tar", str(tmp_path / "s")
+    common = ["--store", store, "--workers", "0", "--device", "cpu"]
+    code, _, err = here(app, "run", tars, *common, "--recipe", "sample")
+    assert code == 0, err
+    old = TrainConfig(
+        student="mamba_tiny", shards=tars, store=store, steps=3, precision="fp32", workers=0, report_to=[],
+        global_batch_size=32,
+    )  # fmt: skip
+    old_names = old.but(teachers=["vit", "conv"])
+    fit(old, tmp_path / "before")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(store).rglob("*") if path.is_file()}
+    third = json.dumps(recipe.teachers["vit"].model_dump())
+    views = json.dumps({"num_views": 2, "view_px": 64, "num_ops": 1})
+    code, _, err = here(
+        app, "extend", tars, *common, "--set", f"teachers.third={third}", "--set", f"view_sets.more={views}"
+    )
+    assert code == 0, err
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    assert verify(store, tars, 20, "cpu").sound
+    fit(old_names, tmp_path / "after")
+    weights = [(tmp_path / run / "student/open_clip_model.safetensors").read_bytes() for run in ("before", "after")]
+    assert weights[0] == weights[1]
+    report = fit(old.but(view_set="base+more"), tmp_path / "new")
+    assert report["steps"] == 3 and np.isfinite(report["metrics"]["loss"])
+    assert source_of(old).teachers.keys() == {"vit", "conv", "third"}
