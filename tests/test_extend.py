@@ -176,18 +176,15 @@ def test_the_samples_get_a_third_teacher_and_two_views(recipe: Recipe, tmp_path:
         student="mamba_tiny", shards=tars, store=store, steps=3, precision="fp32", workers=0, report_to=[],
         global_batch_size=32,
     )  # fmt: skip
-    old_names = old.but(teachers=["vit", "conv"])
     fit(old, tmp_path / "before")
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(store).rglob("*") if path.is_file()}
-    third = json.dumps(recipe.teachers["vit"].model_dump())
-    views = json.dumps({"num_views": 2, "view_px": 64, "num_ops": 1})
-    code, _, err = here(
-        app, "extend", tars, *common, "--set", f"teachers.third={third}", "--set", f"view_sets.more={views}"
-    )
+    third = "teachers.third=" + json.dumps(recipe.teachers["vit"].model_dump())
+    views = "view_sets.more=" + json.dumps({"num_views": 2, "view_px": 64, "num_ops": 1})
+    code, _, err = here(app, "extend", tars, *common, "--set", third, "--set", views)
     assert code == 0, err
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     assert verify(store, tars, 20, "cpu").sound
-    fit(old_names, tmp_path / "after")
+    fit(old.but(teachers=["vit", "conv"]), tmp_path / "after")
     weights = [(tmp_path / run / "student/open_clip_model.safetensors").read_bytes() for run in ("before", "after")]
     assert weights[0] == weights[1]
     report = fit(old.but(view_set="base+more"), tmp_path / "new")
