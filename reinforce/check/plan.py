@@ -44,7 +44,8 @@ _GIB = 1 << 30
 @dataclass(frozen=True)
 class Plan:
     """`stages` has for each model the TFLOP of one sample, its share of all, and its hours. `hours` are of one worker,
-    `hours_of_all` of `workers` at once. `bytes` is the store's size when all is done, `bytes_now` what is there."""
+    `hours_of_all` of `workers` at once, which load their models first, for `load_seconds`; the start of Ray comes on
+    top. `bytes` is the store's size when all is done, `bytes_now` what is there."""
 
     store: str
     shards: int
@@ -54,6 +55,7 @@ class Plan:
     bytes: int
     stages: dict[str, dict[str, float]]
     seconds_per_sample: float
+    load_seconds: float
     hours: float
     workers: int
     hours_of_all: float
@@ -78,11 +80,13 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
     missing = {column for absent in lacking.values() for column in absent}
     bytes_now = store.objects.total_bytes("") if manifest else 0
     if not todo:
-        return Plan(url, len(listed), 0, 0, bytes_now, bytes_now, {}, 0.0, 0.0, 0, 0.0, 0.0, "nothing to do")
+        return Plan(url, len(listed), 0, 0, bytes_now, bytes_now, {}, 0.0, 0.0, 0.0, 0, 0.0, 0.0, "nothing to do")
     samples, largest = _num_samples(todo)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         alone = recipe.but(batch_size=1) if card else recipe  # to count FLOPs one sample is enough
+        start = time.monotonic()
         worker = Worker(alone, f"{folder}/store", options.but(extend=False))
+        load_s = time.monotonic() - start
         stages = _stages(worker, missing)
         tflop = sum(of["tflop"] for of in stages.values())
         if card:
@@ -105,9 +109,10 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
         round(bytes_now + of_sample * samples + of_shard * len(todo)),
         stages,
         seconds,
+        load_s,
         samples * seconds / 3600,
         workers,
-        samples * seconds / 3600 / workers,
+        (samples * seconds / workers + load_s) / 3600,
         memory / _GIB,
         where,
     )
