@@ -138,18 +138,16 @@ class _Trial:
 
 
 def _trial(worker: Worker, shard: Shard, folder: Path, missing: set[Column]) -> _Trial:
-    """Reinforces a batch, and then as many samples of the shard as fit into TRIAL_S: what came on top tells what a
-    sample costs without the start."""
+    """Reinforces a batch, which loads and compiles what a first batch does, and then, by the clock, as many samples of
+    the shard as fit into TRIAL_S."""
     first_num, first_s, *_ = _tried(worker, shard, worker.recipe.batch_size, folder, missing)
     per_sample = first_s / max(1, first_num)
     asked = min(MOST, max(2 * worker.recipe.batch_size, int(TRIAL_S / max(per_sample, 1e-6))))
     num, seconds, chunks, metadata = _tried(worker, shard, asked, folder, missing)
-    if num > first_num and seconds > first_s:
-        per_sample = (seconds - first_s) / (num - first_num)
     device = next(iter(worker.teachers.values())).frozen.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     where = f"{place}, {num} samples, batches of {worker.recipe.batch_size}, one worker"
-    return _Trial(per_sample, chunks / max(1, num), metadata, where)
+    return _Trial(seconds / max(1, num), chunks / max(1, num), metadata, where)
 
 
 def _tried(worker: Worker, shard: Shard, num: int, folder: Path, missing: set[Column]) -> tuple[int, float, int, int]:
