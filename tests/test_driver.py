@@ -221,7 +221,7 @@ def test_a_worker_that_has_lost_its_gpu_is_replaced(
     assert tiny.tree(tmp_path / "s") == alone
 
 
-@pytest.mark.parametrize("victim", ["worker", "driver", "everything"])
+@pytest.mark.parametrize("victim", ["worker", "driver", pytest.param("everything", marks=pytest.mark.chaos)])
 def test_killed_once_and_run_again(
     recipe: Recipe, tars: list[str], alone: dict[str, bytes], tmp_path: Path, victim: str
 ) -> None:
