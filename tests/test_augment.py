@@ -212,7 +212,8 @@ def test_golden_draws_and_pixels() -> None:
     for index, (expected, pixels) in enumerate(GOLDEN):
         params = draw(index)
         np.testing.assert_array_equal(params, np.array(expected, dtype=np.float32))
-        assert augment.pixel_hash(augment.replay(image, params, (375, 500), 224)) == pixels
+        view = augment.replay(image, params, (375, 500), 224)
+        assert augment.pixel_hash(view, augment.OLD_PIXEL_HASH) == pixels
 
 
 # Replay
@@ -320,11 +321,17 @@ def test_translation_in_pixels_would_show_another_scene(name: str) -> None:
     assert difference(*in_pixels) > 10 * SAME_SCENE
 
 
-def test_pixel_hash_sees_every_pixel_and_the_shape() -> None:
-    view = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    one = augment.pixel_hash(view)
-    assert one == augment.pixel_hash(view.copy()) == augment.pixel_hash(np.asfortranarray(view)) and 0 <= one < 2**64
+@pytest.mark.parametrize(("kind", "golden"), [("xxh3_64", 8310970137452902836), ("blake2b", 350137241774576881)])
+def test_pixel_hash_sees_every_pixel_and_the_shape(kind: str, golden: int) -> None:
+    view = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    one = augment.pixel_hash(view, kind)
+    assert one == golden == augment.pixel_hash(view.copy(), kind) == augment.pixel_hash(np.asfortranarray(view), kind)
     changed = view.copy()
     changed[7, 7, 2] ^= 1
-    hashes = {one, *(augment.pixel_hash(v) for v in (changed, view.reshape(4, 16, 3), view.transpose(1, 0, 2)))}
-    assert len(hashes) == 4
+    hashes = {augment.pixel_hash(v, kind) for v in (changed, view.reshape(4, 16, 3), view.transpose(1, 0, 2))}
+    assert len({one, *hashes}) == 4
+
+
+def test_a_hash_of_a_newer_version_gets_a_sentence() -> None:
+    with pytest.raises(ReplayError, match="pixels were hashed by md6, which this version does not know"):
+        augment.pixel_hash(np.zeros((1, 1, 3), np.uint8), "md6")

@@ -97,7 +97,7 @@ def test_the_same_tars_and_recipe_make_the_same_columns() -> None:
             a, b = (store.read(shard, column) for store in (old, new))
             if column.teacher:
                 assert_same_embeddings(a.astype(np.float64), b.astype(np.float64))
-            else:
+            elif column.part != "pixels":  # hashed in another way now: the replay of the old ones compares them
                 assert np.array_equal(a, b, equal_nan=a.dtype.kind == "f"), (shard, column)
 
 

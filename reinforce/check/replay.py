@@ -16,7 +16,7 @@ from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, MissingExtra
 from reinforce.store.columns import KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
-from reinforce.store.store import Store
+from reinforce.store.store import Store, pixel_hash_of
 
 if TYPE_CHECKING:
     from reinforce.models.teacher import Teacher
@@ -83,6 +83,9 @@ def _again(
     parts = ("augment", "pixels", *teachers)
     wanted = {(ask.column(part), ask.index) for ask in asks for part in parts}
     stored = {(column, index): store.read(shard.name, column, index) for column, index in wanted}
+    kinds = {
+        column: pixel_hash_of(store.attributes(shard.name, column)) for column in {ask.column("pixels") for ask in asks}
+    }
     captioned = recipe.num_original_captions > 0
     for row, picture in _pictures(shard, captioned, keys, {ask.row for ask in asks}):
         for ask in (ask for ask in asks if ask.row == row):
@@ -90,7 +93,8 @@ def _again(
             params = stored[ask.column("augment"), ask.index][row]
             view = augment.replay(picture, params, size, recipe.view_sets[ask.set_name].view_px)
             yield _View(
-                augment.pixel_hash(view) == int(stored[ask.column("pixels"), ask.index][row]),
+                augment.pixel_hash(view, kinds[ask.column("pixels")])
+                == int(stored[ask.column("pixels"), ask.index][row]),
                 {name: augment.replay(picture, params, size, teacher.image_px) for name, teacher in teachers.items()},
                 {name: stored[ask.column(name), ask.index][row] for name in teachers},
             )

@@ -78,7 +78,8 @@ def _upgrade(old: Store, made: Store, manifest: Manifest, shard: Shard, pool: Th
     for column in made.promised().columns():
         if not made.has(shard.name, column):
             array = new[column] if column in new else old.read(shard.name, column)
-            made.commit(shard.name, column, array, data, **said_of(column, array, stamp))
+            about = {} if column.part == "pixels" else said_of(column, array, stamp)  # hashed as format 1 did
+            made.commit(shard.name, column, array, data, **about)
 
 
 def _digests(
@@ -102,7 +103,7 @@ def _digests(
             view = augment.replay(picture, params[row], (picture.height, picture.width), view_set.view_px)
         except SampleError as error:
             raise ReplayError(f"{shard.url}: {sample.key}: {error}") from error
-        if augment.pixel_hash(view) != int(hashes[row]):
+        if augment.pixel_hash(view, augment.OLD_PIXEL_HASH) != int(hashes[row]):
             raise ReplayError(f"{shard.url}: {sample.key} is another image than the one that was reinforced")
         return shards.image_digest(sample.image), (sample.offset, len(sample.image))
 

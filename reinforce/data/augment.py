@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from PIL import Image, ImageEnhance, ImageOps
 
 from reinforce.config import ViewSet
@@ -19,6 +20,9 @@ from reinforce.data import draws
 from reinforce.data.resize import Picture, mode_and_size, resized
 from reinforce.errors import ReplayError
 
+# A column of hashes names the first; those of format 1 and of its upgrades name none. A view of 224 px takes 5 us by
+# the one and 186 us, a sixth of all that a view costs, by the other.
+PIXEL_HASH, OLD_PIXEL_HASH = "xxh3_64", "blake2b"
 NUM_TRIES = 10  # for a crop that fits in the image, before the central one is taken
 
 
@@ -155,8 +159,16 @@ def _parse(params: np.ndarray, size: tuple[int, int]) -> tuple[list[int], list[t
     return crop, ops
 
 
-def pixel_hash(view: np.ndarray) -> int:
-    """Replay proof of a view (H, W, 3) uint8: 64 bits of blake2b over its shape and bytes."""
-    digest = hashlib.blake2b(np.array(view.shape, dtype="<u8").tobytes(), digest_size=8)
-    digest.update(np.ascontiguousarray(view).data)
-    return int.from_bytes(digest.digest(), "little")
+def pixel_hash(view: np.ndarray, kind: str = PIXEL_HASH) -> int:
+    """Replay proof of a view (H, W, 3) uint8: 64 bits over its shape and bytes. `kind` is PIXEL_HASH, or that of
+    columns which do not name theirs, OLD_PIXEL_HASH. Raises ReplayError for another."""
+    parts = np.array(view.shape, dtype="<u8").tobytes(), np.ascontiguousarray(view).data
+    if kind == PIXEL_HASH:
+        fast = xxhash.xxh3_64(parts[0])
+        fast.update(parts[1])
+        return fast.intdigest()
+    if kind != OLD_PIXEL_HASH:
+        raise ReplayError(f"pixels were hashed by {kind}, which this version does not know; install a newer one")
+    slow = hashlib.blake2b(parts[0], digest_size=8)
+    slow.update(parts[1])
+    return int.from_bytes(slow.digest(), "little")

@@ -16,7 +16,7 @@ from reinforce.data import augment, shards
 from reinforce.data.shards import Place, Status
 from reinforce.data.views import replayed
 from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, ReplayError
-from reinforce.store.store import Store
+from reinforce.store.store import Store, pixel_hash_of
 
 _NAMED = 8  # names that an error lists, of possibly many
 
@@ -27,8 +27,8 @@ class View:
 
     `params` (P,) float32 are its parameters; the manifest's `augment_fields` name them and their units. `size` is
     (height, width) in pixels of the image that they were drawn for, and `view_px` the side of the view, in pixels, at
-    which `pixel_hash` was taken. `embeddings` has for each teacher the unit embedding (D,), float32, which holds the
-    stored bfloat16 exactly.
+    which `pixel_hash` was taken, by `hash_kind`. `embeddings` has for each teacher the unit embedding (D,), float32,
+    which holds the stored bfloat16 exactly.
     """
 
     key: str
@@ -37,6 +37,7 @@ class View:
     size: tuple[int, int]
     view_px: int
     pixel_hash: int
+    hash_kind: str
     embeddings: dict[str, np.ndarray]
 
     def pixels(self, tar: str, px: int | None = None) -> np.ndarray:
@@ -55,7 +56,7 @@ class View:
             )
         place = places[self.row]
         drawn = replayed(tar, place, self.params, self.size, self.view_px)
-        if augment.pixel_hash(drawn) != self.pixel_hash:
+        if augment.pixel_hash(drawn, self.hash_kind) != self.pixel_hash:
             raise ReplayError(
                 f"{tar}: {self.key}: its view has other pixels than when it was stored: the image was altered, or this "
                 "version of Pillow decodes it differently; `clip-reinforce verify --replay` says how many views differ"
@@ -70,6 +71,7 @@ class ShardReader:
         self.name = name
         self._store, self._recipe = store, recipe
         self._kept: dict[str, tuple[int | None, np.ndarray]] = {}
+        self._hash_kinds: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -132,6 +134,7 @@ class ShardReader:
             (int(self.size[row, 0]), int(self.size[row, 1])),
             self._recipe.view_sets[view_set].view_px,
             int(of("pixels")),
+            self._hash_kind(view_set),
             {teacher: of(teacher).astype(np.float32) for teacher in self._recipe.teachers},
         )
 
@@ -147,6 +150,12 @@ class ShardReader:
     def quarantine(self) -> dict[int, str]:
         """Row and reason of every sample that is not used."""
         return {int(row): Status(int(self.status[row])).reason for row in np.flatnonzero(self.status)}
+
+    def _hash_kind(self, view_set: str) -> str:
+        if view_set not in self._hash_kinds:
+            attributes = self._store.attributes(self.name, f"view/{view_set}/pixels")
+            self._hash_kinds[view_set] = pixel_hash_of(attributes)
+        return self._hash_kinds[view_set]
 
     @property
     def _wanted(self) -> list[str]:

@@ -19,6 +19,7 @@ import zarr
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import FsspecStore, LocalStore
 
+from reinforce.data.augment import OLD_PIXEL_HASH, PIXEL_HASH
 from reinforce.data.shards import Status
 from reinforce.errors import Corrupt, NotCommitted, StoreError
 from reinforce.store import arrays
@@ -289,11 +290,18 @@ def identity(keys: Iterable[str], digests: np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
+def pixel_hash_of(attributes: dict[str, Any]) -> str:
+    """How the pixels of a column were hashed (data/augment.py)."""
+    return str(attributes.get("hash", OLD_PIXEL_HASH))
+
+
 def said_of(column: Column, items: np.ndarray | Items, stamp: dict[str, int | str]) -> dict[str, Any]:
     """What a column of a shard says besides what all do, so that many shards are looked at by one object of each: of
-    which tar they are; how many of its samples are good."""
+    which tar they are; how many of its samples are good; and how pixels were hashed."""
     if column in (DIGEST, PLACE):
         return {"tar": stamp}
+    if column.part == "pixels":
+        return {"hash": PIXEL_HASH}
     return {"num_good": int((np.asarray(items) == Status.GOOD).sum())} if column == STATUS else {}
 
 
