@@ -1,0 +1,168 @@
+"""A whole shard, from its tar to committed columns, against its models alone, and against doing it sample by sample.
+
+    python -m benchmarks.shard [--images 128] [--serial 12] [--views 10] [--model samples|ViT-B-32] [--json]
+
+  whole    the worker: tar, decoding, views, hashes, captions, embeddings, the store
+  bare     the same forward passes and no more: towers on normalised tensors, texts as tokens, captions from ready
+           images
+  serial   a plain generator's way: one sample after the other, views by torchvision, for each caption the image encoded
+           anew and the whole text run at every step, one gzip file a sample
+
+Recipe: two teachers and a captioner with 5 captions. `samples` are the bundled ones, 64 px; `ViT-B-32` is taken twice,
+with the bundled captioner, all with random weights. CPU seconds of all threads for an image; torch has one. The parts
+are measured one after the other; a few images are enough for what is done one by one.
+"""
+
+import gzip
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.augment import by_torchvision
+from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
+from reinforce.data import augment, images, shards
+from reinforce.data.shards import Sample, Shard
+from reinforce.models import coca
+from reinforce.run.worker import Worker
+
+TAR = "samples/train/00000.tar"
+CAPTIONER = "local-dir:samples/models/coca"
+
+
+def recipe_of(model: str, num_views: int) -> Recipe:
+    names = ("local-dir:samples/models/teacher_vit", "local-dir:samples/models/teacher_conv")
+    names = names if model == "samples" else (model, model)
+    return Recipe(
+        name="benchmark",
+        teachers={f"t{i}": Teacher(model=name) for i, name in enumerate(names)},
+        view_sets={"base": ViewSet(num_views=num_views, view_px=64 if model == "samples" else 224)},
+        captioners={"coca": Captioner(model=CAPTIONER, num_captions=5, temperature=0.5)},
+        batch_size=64,
+        weights="pretrained" if model == "samples" else "random",
+    )
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+@torch.inference_mode()
+def bare(worker: Worker, num: int, num_views: int) -> float:
+    """The forward passes of `num` images, a multiple of the batch size."""
+    batches = num // worker.recipe.batch_size
+    numbers = np.random.default_rng(0).random
+    total = 0.0
+    for teacher in worker.teachers.values():
+        model, side = teacher.frozen.model, teacher.image_px
+        pixels = torch.randn(worker.recipe.batch_size, 3, side, side)
+        tokens = teacher.frozen.tokenize(["a picture of something"] * worker.recipe.batch_size)
+        for call, ready, times in ((model.encode_image, pixels, num_views), (model.encode_text, tokens, 6)):
+            call(ready)
+            total += cpu_seconds(partial(_repeat, partial(call, ready), batches * times))
+    captioner = worker.captioners["coca"]
+    pictures = torch.randn(worker.recipe.batch_size, 3, captioner.frozen.image_px, captioner.frozen.image_px)
+    shape = worker.recipe.batch_size, captioner.config.num_captions, captioner.config.max_tokens
+    sot, eot = captioner.frozen.tokenizer.sot_token_id, captioner.frozen.tokenizer.eot_token_id
+
+    def captions() -> Tensor:
+        return coca.generate(captioner.frozen.model, pictures, captioner.config, numbers(shape), sot, eot)
+
+    captions()
+    return total + cpu_seconds(partial(_repeat, captions, batches))
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+@torch.inference_mode()
+def serial(worker: Worker, samples: list[Sample], folder: Path) -> None:
+    """Every sample by itself."""
+    view_set = worker.recipe.view_sets["base"]
+    for sample in samples:
+        picture = images.decode(sample.image)
+        size = (picture.height, picture.width)
+        texts = [sample.captions[0], *(_caption(worker.captioners["coca"], picture, i) for i in range(5))]
+        params = [augment.draw(view_set, 0, "base", sample.key, index, size) for index in range(view_set.num_views)]
+        arrays = [np.stack(params)]
+        for teacher in worker.teachers.values():
+            frozen = teacher.frozen
+            views = np.stack([by_torchvision(picture, row, frozen.image_px) for row in params])
+            arrays.append(F.normalize(frozen.model.encode_image(frozen.normalise(torch.from_numpy(views)))).numpy())
+            arrays.append(F.normalize(frozen.model.encode_text(frozen.tokenize(texts))).numpy())
+        content = b"".join(array.astype(np.float32).tobytes() for array in arrays)
+        (folder / f"{sample.key.replace('/', '_')}.gz").write_bytes(gzip.compress(content))
+
+
+def _caption(captioner: Any, picture: Image.Image, index: int) -> str:
+    """One caption as open_clip's `CoCa.generate` makes it: the image anew, the whole text at every step."""
+    model, config, tokenizer = captioner.frozen.model, captioner.config, captioner.frozen.tokenizer
+    image = captioner.preprocess(picture)[None]
+    numbers = torch.from_numpy(np.random.default_rng(index).random(config.max_tokens))
+    image_embs = model(image)["image_embs"]
+    tokens = torch.tensor([[tokenizer.sot_token_id]])
+    for length in range(1, config.max_tokens - 1):
+        answer = model(None, tokens, image_latent=image_embs, image_embs=image_embs, output_labels=False)
+        logits = answer["logits"][:, -1].float()
+        logits[:, model.pad_id] = -torch.inf
+        if length < config.min_tokens:
+            logits[:, tokenizer.eot_token_id] = -torch.inf
+        tokens = torch.cat([tokens, coca.choose(logits, numbers[length : length + 1], config)[:, None]], dim=1)
+        if int(tokens[0, -1]) == tokenizer.eot_token_id:
+            break
+    return coca.caption_text(tokens[0], tokenizer, tokenizer.sot_token_id, tokenizer.eot_token_id)
+
+
+def measured(folder: Path, model: str, num: int, num_serial: int, num_views: int) -> dict[str, float]:
+    recipe = recipe_of(model, num_views)
+    num -= num % recipe.batch_size  # whole batches: a part of one costs as much
+    samples = list(shards.read(Shard("00000", TAR)))[: num + recipe.batch_size]
+    for name, part in (("warm", samples[num:]), ("whole", samples[:num])):
+        named = [(s.key, {"jpg": s.image, "txt": s.captions[0].encode()}) for s in part]
+        shards.write(str(folder / f"{name}.tar"), named)
+    torch.set_num_threads(1)
+    worker = Worker(recipe, str(folder / "store"), RunOptions(device="cpu"))
+    torch.set_num_threads(1)
+    worker.reinforce(Shard("warm", str(folder / "warm.tar")))
+    whole = cpu_seconds(lambda: worker.reinforce(Shard("whole", str(folder / "whole.tar")))) / num
+    alone = bare(worker, num, num_views) / num
+    serial(worker, samples[:1], folder)
+    one_by_one = cpu_seconds(lambda: serial(worker, samples[:num_serial], folder)) / num_serial
+    return {
+        "whole_ms": 1e3 * whole,
+        "bare_ms": 1e3 * alone,
+        "serial_ms": 1e3 * one_by_one,
+        "bare_over_whole": alone / whole,
+        "serial_over_whole": one_by_one / whole,
+    }
+
+
+def main(
+    num: Annotated[int, typer.Option("--images")] = 128,
+    num_serial: Annotated[int, typer.Option("--serial")] = 12,
+    num_views: Annotated[int, typer.Option("--views")] = 10,
+    model: str = "samples",
+    json_: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Compare a whole shard with its models alone and with a plain generator."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = measured(Path(folder), model, num, num_serial, num_views)
+    print(json.dumps(told) if json_ else "\n".join(f"{name}: {value:.4g}" for name, value in told.items()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
