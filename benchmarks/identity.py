@@ -6,7 +6,6 @@ Both are shares of the same work without them, on drawn photographs of 375 x 500
 teachers. Seconds are of one thread; the median of the repeats.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from reinforce.data import augment, images, shards
 from reinforce.data.views import replayed
 from reinforce.store.columns import DIGEST, KEY
 from reinforce.store.store import Store, identity
+from reinforce.terminal import show
 
 VIEWS = ViewSet(num_views=2, view_px=224)
 WIDTH = 768
@@ -92,7 +92,7 @@ def main(
     """Compare digests and checks with what a run and a training do anyway."""
     with tempfile.TemporaryDirectory() as folder:
         told = measured(Path(folder), num, repeats)
-    print(json.dumps(told) if json_ else "\n".join(f"{name}: {value}" for name, value in told.items()))
+    show(told, json_)
 
 
 if __name__ == "__main__":

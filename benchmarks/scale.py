@@ -7,7 +7,6 @@ with two teachers, beside going through the tar's headers, which the store saves
 teacher's views, over what they take encoded. Seconds are of the CPU, all threads; the best of three.
 """
 
-import json
 import tempfile
 import time
 import tracemalloc
@@ -27,6 +26,7 @@ from reinforce.run import driver
 from reinforce.store.columns import DIGEST, KEY, PLACE, SIZE, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity, said_of
+from reinforce.terminal import show
 from train.config import TrainConfig
 from train.data.sources import source_of
 
@@ -135,7 +135,7 @@ def main(
     """Measure planning over many shards, opening and committing a large one."""
     with tempfile.TemporaryDirectory() as folder:
         told = measured(Path(folder), num_shards, rows, views, width)
-    print(json.dumps(told) if json_ else "\n".join(f"{name}: {value:.4g}" for name, value in told.items()))
+    show(told, json_)
 
 
 if __name__ == "__main__":

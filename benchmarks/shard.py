@@ -14,7 +14,6 @@ are measured one after the other; a few images are enough for what is done one b
 """
 
 import gzip
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from reinforce.data import augment, images, shards
 from reinforce.data.shards import Sample, Shard
 from reinforce.models import coca
 from reinforce.run.worker import Worker
+from reinforce.terminal import show
 
 TAR = "samples/train/00000.tar"
 CAPTIONER = "local-dir:samples/models/coca"
@@ -161,7 +161,7 @@ def main(
     """Compare a whole shard with its models alone and with a plain generator."""
     with tempfile.TemporaryDirectory() as folder:
         told = measured(Path(folder), model, num, num_serial, num_views)
-    print(json.dumps(told) if json_ else "\n".join(f"{name}: {value:.4g}" for name, value in told.items()))
+    show(told, json_)
 
 
 if __name__ == "__main__":

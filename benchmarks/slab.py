@@ -6,7 +6,6 @@ A per-sample file with all views of a sample, as reinforced datasets are publish
 one view that a step uses. Bytes are those the process asked the kernel for (/proc/self/io, Linux).
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ import numpy as np
 import typer
 
 from reinforce.store.store import Store
+from reinforce.terminal import show
 
 
 def read_so_far() -> int:
@@ -54,7 +54,7 @@ def main(
         "all_views_bytes": everything,
         "all_over_one": round(everything / one, 2),
     }
-    print(json.dumps(told) if json_ else "\n".join(f"{name}: {value}" for name, value in told.items()))
+    show(told, json_)
 
 
 if __name__ == "__main__":
