@@ -44,6 +44,8 @@ from benchmarks.augment import jpeg, photograph
 from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data import shards
 from reinforce.models.device import card, pick_device
+from reinforce.models.ensemble import Answers
+from reinforce.models.flops import tflop
 from reinforce.models.frozen import FrozenModel
 from reinforce.run.worker import Worker
 from reinforce.store.store import Store
@@ -297,9 +299,9 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     worker = Worker(recipe(sizes), str(work / "stores/0"), RunOptions(workers="0", device=place.type))  # type: ignore[arg-type]
     answer.add(**card(place), loading_s=time.monotonic() - before, images=sizes.tars * sizes.batch, views=sizes.views)
     spent: dict[str, float] = {}
-    for teacher in worker.teachers.values():
-        teacher.encode_images = _counted(teacher.encode_images, spent, "image_towers_s")  # type: ignore[method-assign]
-        teacher.encode_texts = _counted(teacher.encode_texts, spent, "text_towers_s")  # type: ignore[method-assign]
+    together: Any = worker.ensemble
+    together.encode_images = _counted(together.encode_images, spent, "image_towers_s")
+    together.encode_texts = _counted(together.encode_texts, spent, "text_towers_s")
     work_tflop = _view_tflop(worker) * sizes.views * sizes.tars * sizes.batch
     answer.add(image_tower_tflop=work_tflop)
     for threads in (sizes.threads[-1], *sizes.threads):  # the first warms up
@@ -326,12 +328,18 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     answer.add(one_process_gives_the_same_bytes=len(hashes) == 1, another_process_too=hashes == {other})
 
 
-def _counted(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
-    def counted(*args: Any) -> Any:
+def _counted(function: Callable[..., Answers], spent: dict[str, float], name: str) -> Callable[..., Answers]:
+    """Adds up how long the host asks for answers and waits for them."""
+
+    def timed(call: Callable[[], Any]) -> Any:
         start = time.monotonic()
-        result = function(*args)
+        result = call()
         spent[name] += time.monotonic() - start
         return result
+
+    def counted(*args: Any) -> Answers:
+        answers = timed(partial(function, *args))
+        return partial(timed, answers)
 
     return counted
 
@@ -358,7 +366,7 @@ def teachers(out: OutOption, small: SmallOption = False, device: DeviceOption = 
         images = frozen.normalise(torch.randint(0, 256, (sizes.batch, px, px, 3), dtype=torch.uint8, device=place))
         tokens = torch.randint(1, frozen.tokenizer.vocab_size, (sizes.batch, length), device=place)
         for tower, inputs in {"image": images, "text": tokens}.items():
-            tflop = sizes.batch * _tflop(frozen, tower, inputs[:1])
+            work_tflop = sizes.batch * _tflop(frozen, tower, inputs[:1])
             exact: Tensor | None = None
             for way, call in _ways(frozen, tower, inputs).items():
                 row: dict[str, Any] = {"model": Path(model).name, "tower": tower, "way": way}
@@ -368,7 +376,7 @@ def teachers(out: OutOption, small: SmallOption = False, device: DeviceOption = 
                     cosines = (features * exact).sum(-1)
                     row |= {"cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
                     row["ms"] = ms = clock.ms(call)
-                    row["tflops"] = tflop / ms * 1e3
+                    row["tflops"] = work_tflop / ms * 1e3
                     row["share_of_product"] = row["tflops"] / ceiling(out)
                 except RuntimeError as error:  # the compiler's, out of memory among them
                     row["error"] = str(error)[:300]
@@ -399,7 +407,7 @@ def _ways(frozen: FrozenModel, tower: str, inputs: Tensor) -> dict[str, Callable
 
 @torch.inference_mode()
 def _tflop(frozen: FrozenModel, tower: str, inputs: Tensor) -> float:
-    return coca.gflop(partial(getattr(frozen.model, f"encode_{tower}"), inputs)) / 1e3
+    return tflop(getattr(frozen.model, f"encode_{tower}"), inputs)
 
 
 @app.command()

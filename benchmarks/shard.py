@@ -75,10 +75,10 @@ def bare(worker: Worker, num: int, num_views: int) -> float:
     captioner = worker.captioners["coca"]
     pictures = torch.randn(worker.recipe.batch_size, 3, captioner.frozen.image_px, captioner.frozen.image_px)
     shape = worker.recipe.batch_size, captioner.config.num_captions, captioner.config.max_tokens
-    sot, eot = captioner.frozen.tokenizer.sot_token_id, captioner.frozen.tokenizer.eot_token_id
+    decoder = captioner.decoder(graphs=False)
 
     def captions() -> Tensor:
-        return coca.generate(captioner.frozen.model, pictures, captioner.config, numbers(shape), sot, eot)
+        return decoder.generate(pictures, numbers(shape))
 
     captions()
     return total + cpu_seconds(partial(_repeat, captions, batches))
@@ -111,7 +111,7 @@ def serial(worker: Worker, samples: list[Sample], folder: Path) -> None:
 def _caption(captioner: Any, picture: Image.Image, index: int) -> str:
     """One caption as open_clip's `CoCa.generate` makes it: the image anew, the whole text at every step."""
     model, config, tokenizer = captioner.frozen.model, captioner.config, captioner.frozen.tokenizer
-    image = captioner.preprocess(picture)[None]
+    image = captioner.frozen.normalise(torch.from_numpy(captioner.preprocess(picture)[None]))
     numbers = torch.from_numpy(np.random.default_rng(index).random(config.max_tokens))
     image_embs = model(image)["image_embs"]
     tokens = torch.tensor([[tokenizer.sot_token_id]])
@@ -121,7 +121,7 @@ def _caption(captioner: Any, picture: Image.Image, index: int) -> str:
         logits[:, model.pad_id] = -torch.inf
         if length < config.min_tokens:
             logits[:, tokenizer.eot_token_id] = -torch.inf
-        tokens = torch.cat([tokens, coca.choose(logits, numbers[length : length + 1], config)[:, None]], dim=1)
+        tokens = torch.cat([tokens, coca.choose(logits, numbers[length : length + 1], config)[0][:, None]], dim=1)
         if int(tokens[0, -1]) == tokenizer.eot_token_id:
             break
     return coca.caption_text(tokens[0], tokenizer, tokenizer.sot_token_id, tokenizer.eot_token_id)

@@ -26,6 +26,7 @@ HEAVY = {
     "test_cluster",
     "test_comkd_journey",
     "test_distilled",
+    "test_device",
     "test_docs",
     "test_door",
     "test_driver",

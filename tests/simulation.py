@@ -18,13 +18,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data.shards import Shard
 from reinforce.errors import ReinforceError
+from reinforce.models.ensemble import Answers
 from reinforce.run.worker import Worker
 from reinforce.store import arrays
 from reinforce.store.arrays import Encoded, Items
@@ -176,12 +176,23 @@ class FakeTeacher:
         return np.array([[*row, self.kind] for row in rows]).astype(ml_dtypes.bfloat16)
 
 
+class FakeEnsemble:
+    def __init__(self, teachers: dict[str, FakeTeacher]) -> None:
+        self.teachers = teachers
+
+    def encode_images(self, names: Iterable[str], views: dict[int, np.ndarray]) -> Answers:
+        return lambda: {name: self.teachers[name].encode_images(views[FakeTeacher.image_px]) for name in names}
+
+    def encode_texts(self, names: Iterable[str], texts: list[str]) -> Answers:
+        return lambda: {name: self.teachers[name].encode_texts(texts) for name in names}
+
+
 class FakeCaptioner:
     def __init__(self, kind: int) -> None:
         self.kind = kind
 
-    def preprocess(self, picture: Any) -> torch.Tensor:
-        return torch.zeros(1)
+    def preprocess(self, picture: Any) -> np.ndarray:
+        return np.zeros(1, np.uint8)
 
     def caption(self, inputs: Any, seed: int, set_name: str, keys: list[str]) -> list[list[str]]:
         return [[f"{key} {index} as seen by {self.kind}" for key in keys] for index in range(2)]
@@ -239,7 +250,8 @@ def worker(objects: Objects, kind: int) -> Worker:
     made = Worker.__new__(Worker)
     made.recipe, made.options, made.threads = RECIPE, RunOptions(device="cpu"), 1
     made.store = SimulatedStore(objects)
-    made.teachers = {name: FakeTeacher(kind) for name in RECIPE.teachers}  # type: ignore[misc]
+    teachers = {name: FakeTeacher(kind) for name in RECIPE.teachers}
+    made.teachers, made.ensemble, made.views_ahead = teachers, FakeEnsemble(teachers), 2  # type: ignore[assignment]
     made.captioners = {"coca": FakeCaptioner(kind)}  # type: ignore[dict-item]
     made._models = threading.Lock()
     models: dict[str, dict[str, Any]] = {"teachers": {"one": {}, "two": {}}, "captioners": {"coca": {}}}

@@ -17,7 +17,7 @@ from torch import Tensor
 from reinforce.config import Captioner
 from reinforce.errors import ConfigError
 from reinforce.models import coca
-from reinforce.models.coca import caption_text, choose, generate
+from reinforce.models.coca import Decoder, caption_text
 from reinforce.models.frozen import FrozenModel
 from reinforce.models.open_clip import open_clip
 
@@ -71,6 +71,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def generate(
+    model: Any, images: Tensor, knobs: Captioner, uniforms: np.ndarray, sot: int = SOT, eot: int = EOT
+) -> Tensor:
+    return Decoder(model, knobs, sot, eot).generate(images, uniforms)
+
+
+def choose(logits: Tensor, uniforms: Tensor, knobs: Captioner) -> Tensor:
+    """Among the whole vocabulary. Fewer candidates say the same, or that they are too few."""
+    chosen, enough = coca.choose(logits, uniforms, knobs)
+    assert enough
+    for few in (1, 4, 300):
+        chosen_of_few, enough = coca.choose(logits, uniforms, knobs, few)
+        assert not enough or torch.equal(chosen_of_few, chosen)
+    return chosen
+
+
 def random_images(num: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -114,8 +130,10 @@ def uncached(
 @torch.inference_mode()
 def step_logits(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
     """Tokens (B, C, T) -> logits (B, C, T, V) of the cached decoding, one token at a time."""
-    memory = coca._Memory(model, model(images)["image_embs"], config(max_tokens=tokens.shape[2]))
-    steps = [coca._step(model, tokens[..., t], t, memory) for t in range(tokens.shape[2])]
+    image_embs = model(images)["image_embs"]
+    image = [coca._image_keys_values(block, image_embs) for block in model.text_decoder.cross_attn]
+    state = coca._State(model, image, torch.zeros(tokens.shape))
+    steps = [coca._logits(model, tokens[..., t], torch.tensor([t]), state) for t in range(tokens.shape[2])]
     return torch.stack(steps, dim=2).float()
 
 
@@ -151,7 +169,7 @@ def test_tokens_are_those_of_the_uncached_model(shape: str, sampling: str) -> No
     model, images = tiny_coca(**SHAPES[shape]), random_images(4)
     knobs = config(sampling=sampling, num_captions=3, max_tokens=16, top_k=7, temperature=1.3)
     uniforms = random_uniforms(4, knobs)
-    tokens = generate(model, images, knobs, uniforms, SOT, EOT)
+    tokens = generate(model, images, knobs, uniforms)
     assert torch.equal(tokens, uncached(model, images, knobs, uniforms))
     assert len(tokens.flatten(0, 1).unique(dim=0)) >= (4 if sampling == "greedy" else 12)
 
@@ -194,7 +212,7 @@ def test_every_caption_ends_once_and_is_padded() -> None:
     with torch.no_grad():  # the pad becomes a likely token, which must still never be chosen
         model.text_decoder.text_projection[:, model.pad_id] = model.text_decoder.text_projection[:, 5]
     knobs = config(num_captions=5, max_tokens=14, min_tokens=4, temperature=2.0)
-    tokens = generate(model, random_images(40), knobs, random_uniforms(40, knobs), SOT, EOT).flatten(0, 1)
+    tokens = generate(model, random_images(40), knobs, random_uniforms(40, knobs)).flatten(0, 1)
     assert tokens.dtype == torch.int64 and tokens.shape == (200, 14)
     ends = (tokens == EOT).int().argmax(dim=1)
     assert ends.min() == 4 and ends.max() == 13 and len(ends.unique()) > 5
@@ -214,29 +232,81 @@ def test_stops_when_all_captions_have_ended(min_tokens: int) -> None:
     knobs = config(num_captions=2, max_tokens=20, min_tokens=min_tokens)
     steps: list[int] = []
     hook = model.text_decoder.ln_final.register_forward_hook(lambda *_: steps.append(1))
-    tokens = generate(model, images, knobs, random_uniforms(4, knobs), SOT, EOT)
+    tokens = generate(model, images, knobs, random_uniforms(4, knobs))
     hook.remove()
     assert len(steps) == min_tokens
     assert (tokens[..., min_tokens] == EOT).all()
     assert torch.equal(tokens, uncached(model, images, knobs, random_uniforms(4, knobs)))
 
 
+def test_candidates_that_are_too_few_are_made_more_and_stay_so() -> None:
+    model = tiny_coca(text={"vocab_size": 3000}, decoder={"vocab_size": 3000})
+    knobs, images = config(num_captions=3, max_tokens=8, top_p=0.999, temperature=3.0), random_images(2)
+    decoder, steps = Decoder(model, knobs, SOT, EOT), list[int]()
+    hook = model.text_decoder.ln_final.register_forward_hook(lambda *_: steps.append(1))
+    tokens = decoder.generate(images, random_uniforms(2, knobs))
+    first = len(steps)
+    assert first == 2 * 6 or first == 3 * 6
+    assert torch.equal(decoder.generate(images, random_uniforms(2, knobs)), tokens)
+    assert len(steps) == first + 6
+    hook.remove()
+    assert torch.equal(tokens, uncached(model, images, knobs, random_uniforms(2, knobs)))
+
+
+def test_a_decoder_forgets_the_batch_before() -> None:
+    model, knobs = tiny_coca(), config(num_captions=2, max_tokens=12)
+    decoder = Decoder(model, knobs, SOT, EOT)
+    for num, seed in ((4, 0), (4, 1), (2, 2), (4, 3)):
+        images, uniforms = random_images(num, seed=seed), random_uniforms(num, knobs, seed)
+        assert torch.equal(decoder.generate(images, uniforms), generate(model, images, knobs, uniforms))
+
+
+def test_the_steps_can_be_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph is: one function of one tensor, whose copies it alone reads, and that reads and writes the same
+    memory at every call."""
+    taken: list[int] = []
+
+    def captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+        inputs = example.clone()
+        for _ in range(3):
+            outputs = function(inputs)
+        state = decoder._state
+        addresses = [t.data_ptr() for t in (state.tokens, state.ended, state.numbers, state.image[0][0])]
+
+        def replayed(given: Tensor) -> Tensor:
+            inputs.copy_(given)
+            taken.append(int(given))
+            assert addresses == [t.data_ptr() for t in (state.tokens, state.ended, state.numbers, state.image[0][0])]
+            outputs.copy_(function(inputs))
+            return outputs
+
+        return replayed
+
+    monkeypatch.setattr(coca, "captured", captured)
+    model, knobs = tiny_coca(), config(num_captions=2, max_tokens=12)
+    decoder: Any = Decoder(model, knobs, SOT, EOT, graphs=True)
+    for seed in range(2):
+        images, uniforms = random_images(3, seed=seed), random_uniforms(3, knobs, seed)
+        assert torch.equal(decoder.generate(images, uniforms), uncached(model, images, knobs, uniforms))
+    assert taken == 2 * list(range(10))
+
+
 def test_an_image_is_captioned_alike_in_any_company() -> None:
     model, images = tiny_coca(), random_images(8)
     knobs = config(num_captions=3, max_tokens=16)
     uniforms = random_uniforms(8, knobs)
-    tokens = generate(model, images, knobs, uniforms, SOT, EOT)
+    tokens = generate(model, images, knobs, uniforms)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(generate(model, images[order], knobs, uniforms[order.numpy()], SOT, EOT), tokens[order])
-    others = generate(model, images[:3], knobs, uniforms[:3], SOT, EOT)
+    assert torch.equal(generate(model, images[order], knobs, uniforms[order.numpy()]), tokens[order])
+    others = generate(model, images[:3], knobs, uniforms[:3])
     assert torch.equal(others, tokens[:3])
 
 
 def test_captions_depend_on_the_image_and_on_the_numbers() -> None:
     model, knobs = tiny_coca(), config(num_captions=1, max_tokens=16)
     same_numbers = np.repeat(random_uniforms(1, knobs), 6, axis=0)
-    by_image = generate(model, random_images(6), knobs, same_numbers, SOT, EOT)
-    by_number = generate(model, random_images(1).repeat(6, 1, 1, 1), knobs, random_uniforms(6, knobs), SOT, EOT)
+    by_image = generate(model, random_images(6), knobs, same_numbers)
+    by_number = generate(model, random_images(1).repeat(6, 1, 1, 1), knobs, random_uniforms(6, knobs))
     assert len(by_image[:, 0].unique(dim=0)) >= 4 and len(by_number[:, 0].unique(dim=0)) == 6
 
 
@@ -259,7 +329,7 @@ def with_text_tower(tower: torch.nn.Module) -> Any:
 def test_refuses_in_a_sentence(case: str) -> None:
     make, knobs, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
-        generate(make(), random_images(1), config(**knobs), random_uniforms(1, config(**knobs)), SOT, EOT)
+        generate(make(), random_images(1), config(**knobs), random_uniforms(1, config(**knobs)))
 
 
 def place(probs: list[float], u: float, knobs: Captioner) -> tuple[list[int], list[Fraction], Fraction]:

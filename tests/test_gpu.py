@@ -118,8 +118,8 @@ def test_what_cannot_be_captured_runs_without_a_graph(
 
 def test_a_full_batch_is_not_copied_and_gives_what_a_padded_one_gives(recipe: Recipe) -> None:
     teacher = Teacher(recipe.teachers["vit"], 4, CPU)
-    pixels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
-    assert teacher._padded(pixels) is pixels and len(teacher._padded(pixels[:3])) == 4
+    pixels = np.zeros((4, 32, 32, 3), np.uint8)
+    assert teacher.padded(pixels) is pixels and len(teacher.padded(pixels[:3])) == 4
     views = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     assert (teacher.encode_images(views)[:3] == teacher.encode_images(views[:3])).all()
 

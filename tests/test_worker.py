@@ -63,7 +63,7 @@ def test_what_a_gpu_raises_is_told_apart(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(Teacher, "__init__" if loading else "encode_images", fail)
+    monkeypatch.setattr(Teacher, "__init__" if loading else "units_of_images", fail)
     with pytest.raises(expected, match=told):
         reinforce(recipe, tiny.tar(tmp_path / "00000.tar", 3), tmp_path / "s")
     assert not (tmp_path / "s").exists()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines.samples import emoji
@@ -65,7 +66,7 @@ def write_captions(out: Path) -> list[str]:
     config = CaptionerConfig(model=f"local-dir:{out}/models/coca", num_captions=1, sampling="greedy")
     samples = list(shards.read(shards.Shard("heldout", str(out / HELDOUT))))
     captioner = Captioner(config, len(samples), torch.device("cpu"))
-    pictures = torch.stack([captioner.preprocess(images.decode(sample.image)) for sample in samples])
+    pictures = np.stack([captioner.preprocess(images.decode(sample.image)) for sample in samples])
     return captioner.caption(pictures, 0, "heldout", [sample.key for sample in samples])[0]
 
 

@@ -8,22 +8,22 @@ rate alone, and what the CPU does is left out.
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
 from reinforce.data.shards import CAPTIONS, IMAGES, Shard
 from reinforce.errors import ConfigError
+from reinforce.models.flops import tflop
+from reinforce.models.frozen import FrozenModel
 from reinforce.run import driver
 from reinforce.run.worker import Worker
 from reinforce.store import arrays
@@ -183,29 +183,27 @@ def _expected_bytes(worker: Worker, missing: set[Column]) -> tuple[float, float]
 
 
 def _stages(worker: Worker, missing: set[Column]) -> dict[str, dict[str, float]]:
-    """For each model TFLOP per sample, counted while it answers one batch."""
+    """For each model TFLOP per sample."""
     recipe, stages = worker.recipe, dict[str, dict[str, float]]()
     for name, teacher in worker.teachers.items():
-        views = sum(v.num_views for s, v in recipe.view_sets.items() if Column("view", s, name) in missing)
-        texts = sum(num for s, num in recipe.text_sets.items() if Column("text", s, name) in missing)
-        view = np.zeros((1, teacher.image_px, teacher.image_px, 3), np.uint8)
-        if views:
-            stages[f"{name}, {views} views"] = {"tflop": views * _tflop(worker, teacher.encode_images, view)}
-        if texts:
-            stages[f"{name}, {texts} texts"] = {"tflop": texts * _tflop(worker, teacher.encode_texts, ["a"])}
+        model = teacher.frozen.model
+        if views := sum(v.num_views for s, v in recipe.view_sets.items() if Column("view", s, name) in missing):
+            of_one = tflop(model.encode_image, _blank(teacher.frozen))
+            stages[f"{name}, {views} views"] = {"tflop": views * of_one}
+        if texts := sum(num for s, num in recipe.text_sets.items() if Column("text", s, name) in missing):
+            of_one = tflop(model.encode_text, teacher.frozen.tokenize(["a"]).to(teacher.device))
+            stages[f"{name}, {texts} texts"] = {"tflop": texts * of_one}
     for name, captioner in worker.captioners.items():
         if Column("text", name, "caption") in missing:
-            size, num = captioner.frozen.image_px, recipe.captioners[name].num_captions
-            tflop = _tflop(worker, captioner.caption, torch.zeros(1, 3, size, size), recipe.seed, name, ["a"])
-            stages[f"{name}, {num} captions"] = {"tflop": tflop}
+            numbers = np.zeros((1, captioner.config.num_captions, captioner.config.max_tokens))
+            of_all = tflop(captioner.decoder(graphs=False).generate, _blank(captioner.frozen), numbers)
+            stages[f"{name}, {captioner.config.num_captions} captions"] = {"tflop": of_all}
     return stages
 
 
-def _tflop(worker: Worker, call: Callable[..., Any], *inputs: Any) -> float:
-    """Of one input. The call computes a whole batch: teachers and captioners pad theirs."""
-    with FlopCounterMode(display=False) as counter:
-        call(*inputs)
-    return float(counter.get_total_flops()) / 1e12 / worker.recipe.batch_size
+def _blank(frozen: FrozenModel) -> Tensor:
+    """One image, as the model takes it."""
+    return frozen.normalise(torch.zeros(1, frozen.image_px, frozen.image_px, 3, dtype=torch.uint8))
 
 
 def _memory(worker: Worker, rows: int, missing: set[Column], local: bool) -> float:

@@ -7,6 +7,7 @@ The text tower's class token comes after the text and no token looks ahead, so d
 Letters: B images, C captions, W width, L image tokens, T tokens of a caption, V vocabulary, R rows.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from reinforce.config import Captioner as CaptionerConfig
 from reinforce.errors import ConfigError
+from reinforce.models.graph import captured
 from reinforce.models.open_clip import open_clip
 
 Block: TypeAlias = open_clip.transformer.ResidualAttentionBlock
@@ -44,67 +46,107 @@ def check(model: open_clip.CoCa, config: CaptionerConfig) -> None:
         raise ConfigError(f"{name} has {num_positions} positions, too few for max_tokens={config.max_tokens}")
 
 
-@torch.inference_mode()
-def generate(
-    model: open_clip.CoCa, images: Tensor, config: CaptionerConfig, uniforms: np.ndarray, sot: int, eot: int
-) -> Tensor:
-    """Normalised images (B, 3, H, W) -> tokens (B, C, T) int64: `sot`, the caption, `eot`, the model's pad.
+class Decoder:
+    """Writes captions, for one batch of images after the other.
 
-    `uniforms` (B, C, T) float64 in [0, 1): number t chooses token t. The model is in eval mode.
-    Raises what `check` raises.
+    On a GPU no step waits for the host: nothing that a token depends on is decided there. So all steps are one CUDA
+    graph, which is replayed, and a call waits once, at its end. Elsewhere waiting is free, and a call ends when all
+    captions have.
     """
-    check(model, config)
-    pad = model.pad_id
-    shape = (len(images), config.num_captions)
-    memory = _Memory(model, model(images)["image_embs"], config)
-    numbers = torch.from_numpy(uniforms).to(images.device)
-    tokens = torch.full((*shape, config.max_tokens), pad, device=images.device)
-    tokens[..., 0] = sot
-    ended = torch.zeros(shape, dtype=torch.bool, device=images.device)
-    for length in range(1, config.max_tokens - 1):
-        logits = _step(model, tokens[..., length - 1], length - 1, memory).float()
+
+    def __init__(
+        self, model: open_clip.CoCa, config: CaptionerConfig, sot: int, eot: int, graphs: bool = False
+    ) -> None:
+        """`sot` and `eot`: the tokens that start and end a text. The model is in eval mode. `graphs`: run the
+        steps as a CUDA graph. Raises what `check` raises."""
+        check(model, config)
+        self.graphs = graphs
+        self.model, self.config, self.sot, self.eot = model, config, sot, eot
+        self._num_candidates = 256  # mostly enough, and 10 times cheaper than to sort the vocabulary
+        self._state: _State | None = None
+        self._step: Callable[[Tensor], Tensor] = self._write_token
+
+    @torch.inference_mode()
+    def generate(self, images: Tensor, uniforms: np.ndarray) -> Tensor:
+        """Normalised images (B, 3, H, W) -> tokens (B, C, T) int64, on the host: `sot`, the caption, `eot`, the model's
+        pad.
+
+        `uniforms` (B, C, T) float64 in [0, 1): number t chooses token t.
+        """
+        while True:
+            state = self._begin(images, uniforms)
+            for place in range(self.config.max_tokens - 2):
+                self._step(state.positions[place : place + 1])
+                if images.device.type == "cpu" and state.ended.all():
+                    break
+            state.tokens[..., -1].masked_fill_(~state.ended, self.eot)
+            told = torch.cat([state.tokens.flatten(), state.enough.view(1)]).cpu()  # together: a GPU is waited for once
+            if told[-1]:
+                return told[:-1].view(state.tokens.shape)
+            self._num_candidates *= 8  # for all that follow, too
+            self._state = None
+
+    def _begin(self, images: Tensor, uniforms: np.ndarray) -> "_State":
+        """Everything as it is before the first token."""
+        image_embs = self.model(images)["image_embs"]
+        memory = [_image_keys_values(block, image_embs) for block in self.model.text_decoder.cross_attn]
+        numbers = torch.from_numpy(uniforms)
+        if self._state is None or self._state.tokens.shape != numbers.shape:
+            self._state = _State(self.model, memory, numbers.to(images.device))
+            self._step = self._write_token
+            if self.graphs:
+                self._step = captured(self._write_token, self._state.positions[:1])
+        self._state.begin(memory, numbers, self.sot, self.model.pad_id)
+        return self._state
+
+    def _write_token(self, position: Tensor) -> Tensor:
+        """Of every caption the token after that at `position` (1,). Gives which captions have ended, (B, C)."""
+        state, pad = self._state, self.model.pad_id
+        assert state is not None
+        tokens = state.tokens.index_select(-1, position).squeeze(-1)
+        after = position + 1
+        logits = _logits(self.model, tokens, position, state).float()
         logits[..., pad] = -torch.inf  # no choice: the loss skips pads, and the text tower hides what follows one
-        if length < config.min_tokens:
-            logits[..., eot] = -torch.inf
-        chosen = choose(logits.flatten(0, 1), numbers[..., length].flatten(), config).view(shape)
-        tokens[..., length] = chosen.where(~ended, pad)
-        ended |= chosen == eot
-        if ended.all():
-            break
-    tokens[..., -1].masked_fill_(~ended, eot)
-    return tokens
+        logits[..., self.eot].masked_fill_(after < self.config.min_tokens, -torch.inf)
+        numbers = state.numbers.index_select(-1, after).flatten()
+        chosen, enough = choose(logits.flatten(0, 1), numbers, self.config, self._num_candidates)
+        state.enough &= enough
+        chosen = chosen.view(tokens.shape).where(~state.ended, pad)
+        state.tokens.index_copy_(-1, after, chosen.unsqueeze(-1))
+        return state.ended.logical_or_(chosen == self.eot)
 
 
-def choose(logits: Tensor, uniforms: Tensor, config: CaptionerConfig) -> Tensor:
-    """One token a row: logits (R, V) float32, uniforms (R,) float64 in [0, 1) -> (R,) int64.
+def choose(
+    logits: Tensor, uniforms: Tensor, config: CaptionerConfig, num_candidates: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token a row: logits (R, V) float32, uniforms (R,) float64 in [0, 1) -> (R,) int64, and (), bool: whether
+    `num_candidates`, the tokens looked at of each row, were enough. Only then are they the right ones.
 
     The temperature comes first. top_k keeps the k most probable tokens, top_p the fewest most probable ones whose mass
     reaches it (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751, section 3.1); tokens as probable as the last
     kept are kept too. `uniforms` is a place on the mass of the kept, laid out by token number.
     """
     if config.sampling == "greedy":
-        return logits.argmax(dim=-1)
-    probs, order = _most_probable((logits / config.temperature).softmax(dim=-1), config)
+        return logits.argmax(dim=-1), torch.ones((), dtype=torch.bool, device=logits.device)
+    probs, order, enough = _most_probable((logits / config.temperature).softmax(dim=-1), config, num_candidates)
     order, by_number = order.sort(dim=-1)
     mass = probs.gather(1, by_number).double().cumsum(dim=-1)
     place = torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)
-    return order.gather(1, place).squeeze(1)
+    return order.gather(1, place).squeeze(1), enough
 
 
-def _most_probable(probs: Tensor, config: CaptionerConfig) -> tuple[Tensor, Tensor]:
-    """Probabilities (R, V) -> the largest of them, 0 where not kept, and their tokens, (R, n) each."""
-    size = 256  # mostly enough, and 10 times cheaper than to sort the vocabulary
-    while True:
-        size = min(size, probs.shape[1])
-        values, order = probs.topk(size, dim=-1)
-        if config.sampling == "top_k":
-            last = torch.full_like(order[:, :1], config.top_k - 1)
-        else:
-            last = (values.double().cumsum(dim=-1) < config.top_p).sum(dim=-1, keepdim=True)
-        edge = values.gather(1, last.clamp(max=size - 1))
-        if size == probs.shape[1] or (values[:, -1:] < edge).all():
-            return values.where(values >= edge, 0), order
-        size *= 8
+def _most_probable(probs: Tensor, config: CaptionerConfig, num: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities (R, V) -> the `num` largest of them, 0 where not kept, and their tokens, (R, num) each; and whether
+    all that are kept are among them."""
+    size = min(num or probs.shape[1], probs.shape[1])
+    values, order = probs.topk(size, dim=-1)
+    if config.sampling == "top_k":
+        last = torch.full_like(order[:, :1], config.top_k - 1)
+    else:
+        last = (values.double().cumsum(dim=-1) < config.top_p).sum(dim=-1, keepdim=True)
+    edge = values.gather(1, last.clamp(max=size - 1))
+    enough = (values[:, -1:] < edge).all() if size < probs.shape[1] else torch.ones_like(edge[0, 0], dtype=torch.bool)
+    return values.where(values >= edge, 0), order, enough
 
 
 def caption_text(tokens: Tensor, tokenizer: Any, sot: int, eot: int) -> str:
@@ -120,43 +162,64 @@ def caption_text(tokens: Tensor, tokenizer: Any, sot: int, eot: int) -> str:
 
 
 class _Cache:
-    """Keys and values of one self-attention, (rows, heads, T, head width) each, filled from the left."""
+    """Keys and values of one self-attention, (rows, heads, T, head width) each. Tokens to come are hidden, and not cut
+    off: so all steps have one shape."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-        self.keys_values: Tensor | None = None
+    def __init__(self, num_rows: int, num_tokens: int, attn: nn.MultiheadAttention, like: Tensor) -> None:
+        self.keys_values = like.new_zeros(2, num_rows, attn.num_heads, num_tokens, attn.head_dim)
 
-    def extend(self, keys_values: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Put in those of one token (2, rows, heads, 1, head width); give all up to it."""
-        if self.keys_values is None:  # only now is the type known: autocast decides it
-            self.keys_values = keys_values.repeat(1, 1, 1, self.num_tokens, 1)
-        self.keys_values[..., position, :] = keys_values[..., 0, :]
-        keys, values = self.keys_values[..., : position + 1, :]
+    def extend(self, keys_values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Put in those of the token at `position`, (2, rows, heads, 1, head width); give all."""
+        self.keys_values.index_copy_(3, position, keys_values)
+        keys, values = self.keys_values
         return keys, values
 
 
-class _Memory:
-    """What a step needs from before it: a cache for each self-attention, and the image for each cross-attention."""
+class _State:
+    """What the steps of a call read and write. A CUDA graph knows it by its addresses, so it is filled anew and not
+    made anew."""
 
-    def __init__(self, model: open_clip.CoCa, image_embs: Tensor, config: CaptionerConfig) -> None:
-        self.text = [_Cache(config.max_tokens) for _ in model.text.transformer.resblocks]
-        self.decoder = [_Cache(config.max_tokens) for _ in model.text_decoder.resblocks]
-        self.image = [_image_keys_values(block, image_embs) for block in model.text_decoder.cross_attn]
+    def __init__(self, model: open_clip.CoCa, image: list[tuple[Tensor, Tensor]], numbers: Tensor) -> None:
+        """`image`: keys and values of the image for every cross-attention. `numbers` (B, C, T), on the device."""
+        self.image, self.numbers = image, numbers
+        *shape, num_tokens = numbers.shape
+        self.positions = torch.arange(num_tokens, device=numbers.device)
+        self.tokens = torch.zeros(numbers.shape, dtype=torch.int64, device=numbers.device)
+        self.ended = torch.zeros(shape, dtype=torch.bool, device=numbers.device)
+        self.enough = torch.ones((), dtype=torch.bool, device=numbers.device)
+        # Under autocast their type is not that of the weights, but that of what was computed.
+        towers = model.text.transformer.resblocks, model.text_decoder.resblocks
+        self.text, self.decoder = (
+            [_Cache(self.ended.numel(), num_tokens, block.attn, like=image[0][0]) for block in blocks]
+            for blocks in towers
+        )
+
+    def begin(self, image: list[tuple[Tensor, Tensor]], numbers: Tensor, sot: int, pad: int) -> None:
+        for kept, given in zip(self.image, image, strict=True):
+            for old, new in zip(kept, given, strict=True):
+                if new is not old:
+                    old.copy_(new)
+        self.numbers.copy_(numbers, non_blocking=True)
+        self.tokens.fill_(pad)
+        self.tokens[..., 0] = sot
+        self.ended.zero_()
+        self.enough.fill_(True)
 
 
-def _step(model: open_clip.CoCa, tokens: Tensor, position: int, memory: _Memory) -> Tensor:
-    """Tokens (B, C) at `position` -> logits (B, C, V) of the tokens after them."""
+def _logits(model: open_clip.CoCa, tokens: Tensor, position: Tensor, state: _State) -> Tensor:
+    """Tokens (B, C) at `position` (1,) -> logits (B, C, V) of the tokens after them."""
     text, decoder = model.text, model.text_decoder
     dtype = text.transformer.get_cast_dtype()
+    seen = (state.positions <= position).unsqueeze(0)
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[position].to(dtype)
-    for block, cache in zip(text.transformer.resblocks, memory.text, strict=True):
-        x = _feed_forward(block, x + block.ls_1(_self_attention(block, x, cache, position)))
+    for block, cache in zip(text.transformer.resblocks, state.text, strict=True):
+        x = _feed_forward(block, x + block.ls_1(_self_attention(block, x, cache, position, seen)))
     if text.cls_emb is None:  # with a class token, open_clip normalises that token alone
         x = text.ln_final(x)
     for block, cache, cross, image in zip(
-        decoder.resblocks, memory.decoder, decoder.cross_attn, memory.image, strict=True
+        decoder.resblocks, state.decoder, decoder.cross_attn, state.image, strict=True
     ):
-        x = _feed_forward(block, x + block.ls_1(_self_attention(block, x, cache, position)))
+        x = _feed_forward(block, x + block.ls_1(_self_attention(block, x, cache, position, seen)))
         x = _feed_forward(cross, x + cross.ls_1(_cross_attention(cross, x, *image)))
     logits: Tensor = decoder.ln_final(x) @ decoder.text_projection
     return logits
@@ -167,13 +230,13 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
     return out
 
 
-def _self_attention(block: Block, x: Tensor, cache: _Cache, position: int) -> Tensor:
-    """The last token of every caption (B, C, W) attends to its own caption so far -> (B, C, W)."""
+def _self_attention(block: Block, x: Tensor, cache: _Cache, position: Tensor, seen: Tensor) -> Tensor:
+    """The token at `position` of every caption (B, C, W) attends to what is `seen` (1, T) of its own -> (B, C, W)."""
     attn: nn.MultiheadAttention = block.attn
     projected = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
     heads = projected.view(-1, 1, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     keys, values = cache.extend(heads[1:], position)
-    out = F.scaled_dot_product_attention(heads[0], keys, values)  # (B * C, heads, 1, head width)
+    out = F.scaled_dot_product_attention(heads[0], keys, values, seen)  # (B * C, heads, 1, head width)
     return F.linear(out.reshape(x.shape), attn.out_proj.weight, attn.out_proj.bias)
 
 

@@ -1,8 +1,11 @@
 """The device that models run on."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from reinforce import process
 from reinforce.errors import ConfigError, DeviceLost
@@ -22,6 +25,32 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         process.full_float32()
     return device
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device. A GPU copies it while the host goes on."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to bring a tensor to the host. The function given back waits for it, and for nothing that the GPU was asked
+    later."""
+    if tensor.device.type != "cuda":
+        here = tensor.cpu()
+        return lambda: here
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return pinned
+
+    return wait
 
 
 def device_fault(error: RuntimeError) -> Exception | None:

@@ -1,6 +1,7 @@
 """An open_clip model, loaded, checked, and named by a digest of its weights. Teachers and captioners are both one."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -84,8 +85,16 @@ class FrozenModel:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The arithmetic the manifest promises: fp32, weights that are held in bf16, or bf16 autocast."""
-        enabled = self.precision == "bf16" and self.dtype == torch.float32
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        if self.precision == "bf16" and self.dtype == torch.float32:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """What decides the tokens of a text. No two models with prompts have it in common."""
+        text_cfg = _model_cfg(self.name)["text_cfg"]
+        settings = {name: value for name, value in text_cfg.items() if "token" in name or name == "context_length"}
+        return _hash([settings, _vocabulary(self.tokenizer), self.prompts and self.digest])
 
     def describe(self) -> dict[str, Any]:
         """What about this model decides the bytes it writes."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from reinforce.config import ClassSet
 from reinforce.config import Teacher as TeacherConfig
 from reinforce.models import prompts
+from reinforce.models.device import send
 from reinforce.models.frozen import FrozenModel
 from reinforce.models.graph import captured
 
@@ -41,60 +42,80 @@ class Teacher:
         self, config: TeacherConfig, batch_size: int, device: torch.device, random_seed: int | None = None
     ) -> None:
         self.frozen = load_teacher(config, device, random_seed)
-        self.batch_size = batch_size
+        self.batch_size, self.device = batch_size, device
         self.logit_scale = float(self.frozen.model.logit_scale.exp())
-        self._images: Callable[[Tensor], Tensor] = self._units_of_images
-        if device.type == "cuda":
+        if device.type != "cpu":
             self.frozen.hold()
-            side = self.image_px
-            blank = torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, device=device)
+        self._image_tower: Callable[[Tensor], Tensor] = self._encode_image
+        if device.type == "cuda":
+            blank = torch.zeros(batch_size, self.image_px, self.image_px, 3, dtype=torch.uint8, device=device)
             with torch.inference_mode():
-                self._images = captured(self._units_of_images, blank)
+                self._image_tower = captured(self._encode_image, blank)
         self.width = self.encode_texts([""]).shape[1]
 
     @property
     def image_px(self) -> int:
         return self.frozen.image_px
 
+    @property
+    def vocabulary(self) -> str:
+        """Teachers that have it in common make the same tokens of a text."""
+        return self.frozen.vocabulary
+
     def encode_images(self, views: np.ndarray) -> np.ndarray:
         """uint8 (n, image_px, image_px, 3), n at most the batch size -> bfloat16 (n, D), unit norm before rounding."""
-        pixels = self._padded(torch.from_numpy(views))
-        with torch.inference_mode():
-            return _rounded(self._images(pixels)[: len(views)])
+        units = self.units_of_images(send(self.padded(views), self.device))
+        return _rounded(units[: len(views)])
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """n texts, at most the batch size -> bfloat16 (n, D), unit norm before rounding. Long texts are cut."""
-        return _rounded(self._encode_texts(texts))
+        return _rounded(self._units(texts))
 
     def encode_classes(self, classes: ClassSet) -> np.ndarray:
         """bfloat16 (C, D): for each class the mean of its templates' embeddings, unit norm before rounding."""
         texts = classes.texts()
         parts = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
-        features = torch.cat([self._encode_texts(part) for part in parts])
-        by_class = features.view(len(classes.classnames), -1, self.width)
+        by_class = torch.cat([self._units(part) for part in parts]).view(len(classes.classnames), -1, self.width)
         return _rounded(F.normalize(by_class.mean(1), dim=-1))
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of this teacher."""
         return self.frozen.describe() | {"width": self.width, "logit_scale": self.logit_scale}
 
-    def _units_of_images(self, pixels: Tensor) -> Tensor:
-        """uint8 (batch_size, image_px, image_px, 3) -> float32 (batch_size, D), unit norm."""
+    @torch.inference_mode()
+    def units_of_images(self, pixels: Tensor) -> Tensor:
+        """uint8 (batch_size, image_px, image_px, 3) on the device -> float32 (batch_size, D), unit norm; overwritten by
+        the next call."""
+        return self._image_tower(pixels)
+
+    @torch.inference_mode()
+    def units_of_texts(self, tokens: Tensor) -> Tensor:
+        """Tokens (batch_size, T) on the device -> float32 (batch_size, D), unit norm."""
         with self.frozen.autocast():
-            features = self.frozen.model.encode_image(self.frozen.normalise(pixels))
-        return _unit(features)
+            return _unit(self.frozen.model.encode_text(tokens))
 
-    def _encode_texts(self, texts: list[str]) -> Tensor:
-        """float32 (n, D), unit norm."""
-        tokens = self._padded(self.frozen.tokenize(texts))
-        with torch.inference_mode(), self.frozen.autocast():
-            features = self.frozen.model.encode_text(tokens.to(self.frozen.device))
-        return _unit(features)[: len(texts)]
+    def tokens(self, texts: list[str]) -> np.ndarray:
+        """n texts, at most the batch size -> int64 (batch_size, T)."""
+        return self.padded(self.frozen.tokenize(texts).numpy())
 
-    def _padded(self, rows: Tensor) -> Tensor:
+    def padded(self, rows: np.ndarray) -> np.ndarray:
+        """(n, ..) -> (batch_size, ..), by repeating the last row."""
         if len(rows) == self.batch_size:
             return rows
-        return torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows), *rows.shape[1:])])
+        return np.concatenate([rows, np.repeat(rows[-1:], self.batch_size - len(rows), axis=0)])
+
+    def _encode_image(self, pixels: Tensor) -> Tensor:
+        with self.frozen.autocast():
+            return _unit(self.frozen.model.encode_image(self.frozen.normalise(pixels)))
+
+    def _units(self, texts: list[str]) -> Tensor:
+        """float32 (n, D), unit norm."""
+        return self.units_of_texts(send(self.tokens(texts), self.device))[: len(texts)]
+
+
+def as_bfloat16(tensor: Tensor) -> np.ndarray:
+    """A bfloat16 tensor on the host as an array, without a copy."""
+    return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -102,4 +123,4 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _rounded(unit: Tensor) -> np.ndarray:
-    return unit.to(torch.bfloat16).cpu().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return as_bfloat16(unit.to(torch.bfloat16).cpu())

@@ -7,9 +7,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -22,12 +23,15 @@ from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, ShardError
 from reinforce.models.captioner import Captioner
 from reinforce.models.device import card, device_fault, pick_device
+from reinforce.models.ensemble import Answers, Ensemble
 from reinforce.models.teacher import Teacher
-from reinforce.run.batches import Batch, Rows, ahead, batches, views
+from reinforce.run.batches import Batch, Rows, View, ahead, batches, views
 from reinforce.run.reports import ShardReport
 from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, PLACE, STATUS, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity, said_of
+
+Inputs: TypeAlias = dict[str, np.ndarray]
 
 
 class Worker:
@@ -43,6 +47,7 @@ class Worker:
             process.torch_threads(recipe.cpu_threads)
         self.recipe, self.options, self.store = recipe, options, Store(store_url)
         self.threads = options.decode_threads or decode_threads(device)
+        self.views_ahead = 2 if device.type == "cpu" else 8
         try:
             self.teachers = {
                 name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
@@ -59,6 +64,7 @@ class Worker:
             if fault:
                 raise fault from error
             raise
+        self.ensemble = Ensemble(self.teachers)
         described = {
             "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
@@ -91,11 +97,11 @@ class Worker:
         work = _ShardWork(self, shard)
         captioned = self.recipe.num_original_captions > 0
         with ThreadPoolExecutor(self.threads) as pool:
-            ready = ahead(batches(shard, work.rows, self.recipe.batch_size, captioned, pool), 2)
+            ready = ahead(work.prepared(batches(shard, work.rows, self.recipe.batch_size, captioned, pool), pool), 2)
             try:
                 with self._models:
-                    for batch in ready:
-                        work.answer(batch, pool)
+                    for batch, inputs in ready:
+                        work.answer(batch, inputs, pool)
             except (ShardError, ManifestMismatch) as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try
@@ -151,9 +157,23 @@ class _ShardWork:
         self._read: dict[Column, np.ndarray] = {}
         self.empty_captions = 0
 
-    def answer(self, batch: Batch, pool: Executor) -> None:
+    def prepared(self, found: Iterable[Batch], pool: Executor) -> Iterator[tuple[Batch, Inputs]]:
+        """Batches with what the captioners see of them: uint8 (n, side, side, 3) for each that is wanted."""
+        captioners = {
+            name: captioner
+            for name, captioner in self.worker.captioners.items()
+            if Column("text", name, "caption") in self.answers
+        }
+        for batch in found:
+            yield (
+                batch,
+                {name: np.stack(list(pool.map(c.preprocess, batch.pictures))) for name, c in captioners.items()},
+            )
+
+    def answer(self, batch: Batch, inputs: Inputs, pool: Executor) -> None:
         """Ask the models for all that is missing about one batch."""
         self.good += batch.rows
+        views_ahead = {name: self._views_ahead(name, batch, pool) for name in self.recipe.view_sets}
         originals = self._original_captions(batch)
         captions = Column("text", ORIGINAL, "caption")
         if captions in self.committed and self._stored(captions)[:, batch.rows].tolist() != originals:
@@ -161,9 +181,9 @@ class _ShardWork:
         self._texts(ORIGINAL, originals)
         for name in self.recipe.captioners:
             if any(column.kind == "text" and column.set == name for column in self.wanted):
-                self._texts(name, self._captions(name, batch, pool))
-        for name in self.recipe.view_sets:
-            self._views(name, batch, pool)
+                self._texts(name, self._captions(name, batch, inputs))
+        for name, views_of_set in views_ahead.items():
+            self._views(name, batch, views_of_set, pool)
 
     def refusal(self) -> str:
         """Why this shard cannot be committed, or nothing."""
@@ -226,14 +246,13 @@ class _ShardWork:
         num = self.recipe.num_original_captions
         return [list(row) for row in zip(*(sample.repeated(num) for sample in batch.samples), strict=True)]
 
-    def _captions(self, name: str, batch: Batch, pool: Executor) -> list[list[str]]:
+    def _captions(self, name: str, batch: Batch, inputs: Inputs) -> list[list[str]]:
         """C lists of n captions, drawn now or, where a run before committed them, read back."""
         column = Column("text", name, "caption")
         if column in self.committed:
             return [list(row) for row in self._stored(column)[:, batch.rows]]
-        captioner = self.worker.captioners[name]
-        inputs = torch.stack(list(pool.map(captioner.preprocess, batch.pictures)))
-        captions = captioner.caption(inputs, self.recipe.seed, name, [sample.key for sample in batch.samples])
+        keys = [sample.key for sample in batch.samples]
+        captions = self.worker.captioners[name].caption(inputs[name], self.recipe.seed, name, keys)
         for row in captions:
             for i, caption in enumerate(row):
                 if not caption:  # the model wrote nothing: the image's own caption, if any, is the best there is
@@ -242,40 +261,59 @@ class _ShardWork:
         return captions
 
     def _texts(self, name: str, texts: list[list[str]]) -> None:
-        for index, row in enumerate(texts):
+        asked = self._asked("text", name)
+        answers = [self.worker.ensemble.encode_texts(asked.values(), row) for row in texts]
+        for index, (row, encoded) in enumerate(zip(texts, answers, strict=True)):
             self._add(Column("text", name, "caption"), index, np.array(row, dtype=object))
-            for teacher_name, teacher in self.worker.teachers.items():
-                if (column := Column("text", name, teacher_name)) in self.answers:
-                    self._add(column, index, teacher.encode_texts(row))
+            self._add_all(asked, index, encoded())
 
-    def _views(self, name: str, batch: Batch, pool: Executor) -> None:
+    def _views_ahead(self, name: str, batch: Batch, pool: Executor) -> Iterator[View]:
+        """The views that are wanted, which begin to be made now."""
         view_set = self.recipe.view_sets[name]
-        augment_column, pixels_column = Column("view", name, "augment"), Column("view", name, "pixels")
-        asked = {
-            column: t for n, t in self.worker.teachers.items() if (column := Column("view", name, n)) in self.answers
-        }
-        sides = {teacher.image_px for teacher in asked.values()}
-        if pixels_column in self.answers:
+        sides = {self.worker.teachers[teacher].image_px for teacher in self._asked("view", name).values()}
+        if Column("view", name, "pixels") in self.answers:
             sides.add(view_set.view_px)
-        if not sides and augment_column not in self.answers:
-            return
-        for view in ahead(views(batch, view_set, name, self.recipe.seed, sides, pool), 2):
+        if not sides and Column("view", name, "augment") not in self.answers:
+            return iter(())
+        return ahead(views(batch, view_set, name, self.recipe.seed, sides, pool), self.worker.views_ahead)
+
+    def _views(self, name: str, batch: Batch, views_of_set: Iterator[View], pool: Executor) -> None:
+        asked, view_px = self._asked("view", name), self.recipe.view_sets[name].view_px
+        augment_column, pixels_column = Column("view", name, "augment"), Column("view", name, "pixels")
+        before: tuple[int, Answers] | None = None  # taken one view late, so that the device always has work
+        for view in views_of_set:
             if augment_column in self.committed and not np.array_equal(
                 self._stored(augment_column)[view.index, batch.rows], view.params
             ):
                 raise self._other_tar("its views have other parameters now: its images have other sizes")
+            encoded = self.worker.ensemble.encode_images(asked.values(), view.pixels)
             self._add(augment_column, view.index, view.params)
             if pixels_column in self.answers:
-                hashes = pool.map(augment.pixel_hash, view.pixels[view_set.view_px])
+                hashes = pool.map(augment.pixel_hash, view.pixels[view_px])
                 self._add(pixels_column, view.index, np.fromiter(hashes, np.uint64))
-            for column, teacher in asked.items():
-                self._add(column, view.index, teacher.encode_images(view.pixels[teacher.image_px]))
+            if before:
+                self._add_all(asked, before[0], before[1]())
+            before = view.index, encoded
+        if before:
+            self._add_all(asked, before[0], before[1]())
+
+    def _asked(self, kind: Literal["view", "text"], name: str) -> dict[Column, str]:
+        """The teachers whose embeddings of a set are wanted, by their columns."""
+        return {
+            column: teacher
+            for teacher in self.worker.teachers
+            if (column := Column(kind, name, teacher)) in self.answers
+        }
 
     # -- columns -------------------------------------------------------------------------------------------------
 
     def _add(self, column: Column, index: int, part: np.ndarray) -> None:
         if column in self.answers:
             self.answers[column].setdefault(index, []).append(part)
+
+    def _add_all(self, asked: dict[Column, str], index: int, encoded: dict[str, np.ndarray]) -> None:
+        for column, teacher in asked.items():
+            self._add(column, index, encoded[teacher])
 
     def _items(self, column: Column) -> "_Items":
         """The views (captions) of a column, each with its batches put where they belong among all N rows. They are let
