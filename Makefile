@@ -42,10 +42,23 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[reinforce,train,export,fast,dev]'
 	@touch $@
 
-setup-gpu: setup ## the CUDA kernels of mamba-ssm too, built here (needs nvcc and CUDA's torch; minutes)
+# Its SSD kernel is Triton's and needs the source alone. The selective scan's, for dmclip_b, is compiled for one card.
+MAMBA := mamba-ssm==2.3.2.post1
+setup-gpu: setup ## mamba-ssm for its SSD kernel; with ARCH=90 (H100; 80 A100, 89 L40S) dmclip_b's too: nvcc, minutes
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools wheel ninja einops transformers
-	@MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE $(PY) -m pip install \
-		--disable-pip-version-check --no-build-isolation --no-deps mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+ifeq ($(ARCH),)
+	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PY) -m pip install --disable-pip-version-check \
+		--no-build-isolation --no-deps $(MAMBA)
+else
+	@rm -rf $(VENV)/mamba && mkdir $(VENV)/mamba
+	@MAMBA_SKIP_CUDA_BUILD=TRUE $(PY) -m pip download -qq --disable-pip-version-check --no-build-isolation --no-deps \
+		--no-binary :all: -d $(VENV)/mamba $(MAMBA)
+	@tar -xzf $(VENV)/mamba/*.tar.gz -C $(VENV)/mamba --strip-components=1
+	@# It names nine kinds of cards itself, and so ignores TORCH_CUDA_ARCH_LIST.
+	@sed -i "s/^    # HACK: The compiler flag/    cc_flag = ['-gencode', 'arch=compute_$(ARCH),code=sm_$(ARCH)']\n&/" \
+		$(VENV)/mamba/setup.py
+	@MAMBA_FORCE_BUILD=TRUE $(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps $(VENV)/mamba
+endif
 
 reinforce: setup ## SHARDS='dir/{00000..00127}.tar' STORE=stores/x.zarr RECIPE=name: write the store; bare: the samples
 	@$(call require,SHARDS STORE)

@@ -4,11 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from reinforce.models.device import pick_device
+
+# The first rank evaluates while the others wait for its gradients. NCCL gives up after 10 minutes unless told.
+LONGEST_EVALUATION = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def joined(device: str) -> Iterator[Ranks]:
     if world_size < 2:
         yield Ranks(0, 1, where)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_EVALUATION)
     try:
         yield Ranks(rank, world_size, where)
     finally:

@@ -1,7 +1,7 @@
 """What every training does: next batch, step, watch for NaN, log, evaluate, save, stop when asked to, go on later.
 
-A metric of a step is a number with a name. What `backward` and `after_step` give goes into the curves, and that of the
-last step into the report; logs.py decides what the bar shows beside the count.
+A metric of a step is a number with a name. What `backward` gives goes into the curves, and that of the last step into
+the report; logs.py decides what the bar shows beside the count. A GPU is waited for once a step, for all metrics.
 """
 
 import json
@@ -87,9 +87,8 @@ class Training(ABC, Generic[P]):
     def backward(self, pieces: list[P], step: int) -> dict[str, Tensor]:
         """Adds this rank's gradients to the parameters. Gives the step's metrics, `loss` among them, each a ()."""
 
-    def after_step(self) -> dict[str, float]:
-        """What there is to do and to say when the optimiser has changed the weights. Gives more metrics."""
-        return {}
+    def after_step(self) -> None:
+        """What there is to do when the optimiser has changed the weights."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, Metrics]:
@@ -162,13 +161,14 @@ class Training(ABC, Generic[P]):
             group["lr"] = lr
         parts = self.backward(pieces, step)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
-        mine = torch.stack([*parts.values(), norm.detach(), torch.tensor(float(stop), device=self.ranks.device)])
+        mine = torch.stack([*parts.values(), norm.detach(), torch.full((), float(stop), device=self.ranks.device)])
         *values, asked = self.ranks.mean(mine).tolist()
         metrics = dict(zip([*parts, "grad_norm"], values, strict=True))
         if not all(map(math.isfinite, values)):
             self._give_up(step, metrics, pieces)
         self.optimizer.step()
-        metrics |= {"lr": lr} | self.after_step()
+        self.after_step()
+        metrics["lr"] = lr
         if self.average:
             self.average.update(step)
         return metrics, asked > 0

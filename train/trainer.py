@@ -119,13 +119,12 @@ class _Fit(Training[Batch]):
         self.model.train()
         pieces = [piece.map(lambda x: x.to(self.ranks.device, non_blocking=True)) for piece in pieces]
         seed = ((self.config.seed * 1_000_003 + step) * self.ranks.world_size + self.ranks.rank) * len(pieces)
-        return backward(self.module, pieces, self.model.loss, seed)
+        metrics = backward(self.module, pieces, self.model.loss, seed)
+        return metrics | {"logit_scale": self.student.model.logit_scale.detach().exp()}
 
-    def after_step(self) -> dict[str, float]:
-        logit_scale = self.student.model.logit_scale
-        with torch.no_grad():
-            logit_scale.clamp_(0, math.log(100))
-        return {"logit_scale": logit_scale.exp().item()}
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.student.model.logit_scale.clamp_(0, math.log(100))
 
     def evaluate(self) -> dict[str, Metrics]:
         return self.model.evaluate(self.eval_sets) if self.eval_sets else {}
