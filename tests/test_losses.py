@@ -50,16 +50,18 @@ def slow(image: Tensor, text: Tensor, scale: float, teachers: list[TeacherPairs]
 @given(
     num=st.integers(1, 9),
     widths=st.lists(st.integers(2, 9), max_size=3),
+    weight=st.floats(0, 1),
     block_rows=st.integers(1, 10),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=40, deadline=None)
-def test_they_are_what_they_say(num: int, widths: list[int], block_rows: int, seed: int) -> None:
+def test_they_are_what_they_say(num: int, widths: list[int], weight: float, block_rows: int, seed: int) -> None:
     image, text, teachers = pairs(num, widths, seed)
-    losses = pair_losses(image, text, torch.tensor(14.0, dtype=torch.float64), teachers, block_rows)
+    losses = pair_losses(image, text, torch.tensor(14.0, dtype=torch.float64), teachers, weight, block_rows)
     contrastive, distill = slow(image, text, 14.0, teachers)
     assert losses.contrastive.item() == pytest.approx(contrastive, abs=1e-9)
     assert losses.distill.item() == pytest.approx(distill, abs=1e-9)
+    assert losses.loss.item() == pytest.approx((1 - weight) * contrastive + weight * distill, abs=1e-9)
 
 
 def test_with_one_teacher_it_is_open_clips_distillation() -> None:
@@ -76,8 +78,7 @@ def test_with_one_teacher_it_is_open_clips_distillation() -> None:
 def gradients(block_rows: int) -> list[Tensor]:
     image, text, teachers = pairs(10, [5, 6])
     leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(9.0, dtype=torch.float64).requires_grad_()]
-    losses = pair_losses(image, text, leaves[2], teachers, block_rows)
-    return list(torch.autograd.grad(losses.contrastive + 2 * losses.distill, leaves))
+    return list(torch.autograd.grad(3 * pair_losses(image, text, leaves[2], teachers, 0.7, block_rows).loss, leaves))
 
 
 def test_gradients_do_not_depend_on_the_blocks() -> None:
@@ -85,16 +86,25 @@ def test_gradients_do_not_depend_on_the_blocks() -> None:
         torch.testing.assert_close(blocked, whole, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_are_those_of_the_definition() -> None:
-    image, text, teachers = pairs(6, [5, 4])
+@pytest.mark.parametrize(("widths", "weight"), [([5, 4], 0.0), ([5, 4], 0.6), ([3], 1.0), ([], 0.0), ([], 0.4)])
+def test_gradients_are_those_of_the_definition(widths: list[int], weight: float) -> None:
+    image, text, teachers = pairs(6, widths)
     scale = torch.tensor(9.0, dtype=torch.float64)
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        losses = pair_losses(image, text, scale, teachers, block_rows=4)
-        return losses.contrastive + losses.distill
+        return 2 * pair_losses(image, text, scale, teachers, weight, block_rows=4).loss
 
     leaves = [leaf.requires_grad_() for leaf in (image, text, scale)]
     assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_only_the_loss_has_gradients_and_only_where_they_are_asked_for() -> None:
+    image, text, teachers = pairs(6, [5])
+    scale = torch.tensor(9.0, dtype=torch.float64)
+    losses = pair_losses(image, text.requires_grad_(), scale, teachers, 0.5)
+    assert losses.loss.requires_grad and not losses.contrastive.requires_grad and not losses.distill.requires_grad
+    with torch.no_grad():
+        assert not pair_losses(image, text, scale, teachers, 0.5).loss.requires_grad
 
 
 def test_memory_grows_with_the_batch_and_not_its_square() -> None:
@@ -103,7 +113,8 @@ def test_memory_grows_with_the_batch_and_not_its_square() -> None:
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             pair_losses(
-                image.requires_grad_(), text.requires_grad_(), torch.tensor(9.0).requires_grad_(), teachers, num // 8
+                *(image.requires_grad_(), text.requires_grad_(), torch.tensor(9.0).requires_grad_()),
+                *(teachers, 0.5, num // 8),
             )
         return sum(sizes)
 

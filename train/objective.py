@@ -149,13 +149,12 @@ def batch_loss(
             TeacherPairs(batch.image_targets[name], batch.text_targets[text_set][name], facts.logit_scale)
             for name, facts in teachers.items()
         ]
-        losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, pairs)
+        losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, pairs, config.distill)
+        add("loss", losses.loss)
         add("contrastive", losses.contrastive)
         if teachers:
             add("distill", losses.distill)
-    loss = (1 - config.distill) * parts["contrastive"]
-    if teachers:
-        loss = loss + config.distill * parts["distill"]
+    loss = parts["loss"]
     if config.feature_mse:
         for name in teachers:
             image, text = outputs.image[f"guess/{name}"], outputs.text[f"guess/{name}"]
