@@ -10,7 +10,7 @@ from torch import nn
 
 from reinforce.errors import ConfigError
 from train import latency, students
-from train.students import scan
+from train.students import mamba, scan
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +54,11 @@ def test_params_are_those_of_the_folded_towers() -> None:
 def test_what_is_measured_is_folded_and_runs_as_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def times(tower: nn.Module, inputs: torch.Tensor, repeats: int, compiled: bool) -> list[float]:
-        norms = [m for m in tower.modules() if isinstance(m, nn.BatchNorm1d)]
-        seen.append((tower.training, len(norms), inputs.shape[0], inputs.dtype, compiled))
-        return [1.0, 2.0, 4.0]
+    def times(group: list[latency._Job], compiled: bool) -> list[list[float]]:
+        for job in group:
+            norms = [m for m in job.tower.modules() if isinstance(m, nn.BatchNorm1d)]
+            seen.append((job.tower.training, len(norms), job.inputs.shape[0], job.inputs.dtype, compiled))
+        return [[1.0, 2.0, 4.0] for _ in group]
 
     monkeypatch.setattr(latency, "_times", times)
     rows = latency.measure(["mobileclip_s0_tiny"], [64], [5], precision="bf16", compiled=True)
@@ -75,21 +76,27 @@ def test_every_row_is_compiled_anew_for_its_own_shape(monkeypatch: pytest.Monkey
     assert calls == ["reset", {"dynamic": False}] * 2
 
 
-@pytest.mark.parametrize(("nchw", "channels_last"), [(2.0, True), (0.5, False), (None, True)])
-def test_the_faster_layout_of_memory_counts(
-    nchw: float | None, channels_last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def times(tower: nn.Module, inputs: torch.Tensor, repeats: int, compiled: bool) -> list[float]:
-        assert inputs.is_contiguous(memory_format=torch.channels_last)
-        assert tower.weight.is_contiguous(memory_format=torch.channels_last)
-        return [1.0, 1.0]
+@pytest.mark.parametrize(("nchw", "turned"), [(2.0, True), (0.5, False), (None, True)])
+def test_the_faster_layout_of_memory_counts(nchw: float | None, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(group: list[latency._Job], compiled: bool) -> list[list[float] | None]:
+        for job in group:
+            if job.row.tower == "image":
+                assert job.inputs.is_contiguous(memory_format=torch.channels_last) == job.row.channels_last
+        return [[1.0, 1.0] if job.row.channels_last else [nchw, nchw] if nchw else None for job in group]
 
     monkeypatch.setattr(latency, "_times", times)
-    tower = nn.Conv2d(3, 8, 3)
-    row = latency.Row("s", "image", 8, 1, nchw, nchw, None, 1, 1.0, 1.0, 2, "bf16", False, "a card")
-    best = latency._or_channels_last(row, tower, torch.zeros(1, 3, 8, 8))
-    assert (best.ms_median, best.channels_last) == (1.0 if channels_last else nchw, channels_last)
-    assert tower.weight.is_contiguous()
+    [image] = latency.measure(["mobileclip_s0_tiny"], [64], [2], towers=["image"])
+    assert (image.ms_median, image.channels_last) == (1.0 if turned else nchw, turned)
+    [text] = latency.measure(["mobileclip_s0_tiny"], [64], [2], towers=["text"])
+    assert (text.ms_median, text.channels_last) == (nchw, False)
+
+
+def test_students_are_timed_in_turns() -> None:
+    order: list[str] = []
+    calls = [lambda name=name: order.append(name) for name in "ab"]
+    times = latency._wall_times(calls, 3)
+    assert "".join(order) == "ab" + 3 * "ab"  # one call each warms up
+    assert [len(its or []) for its in times] == [3, 3]
 
 
 def test_counts_are_those_of_known_work() -> None:
@@ -115,12 +122,18 @@ def test_the_recurrence_of_a_scan_is_counted() -> None:
 
 
 def test_memory_that_does_not_suffice_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> list[float]:
-        raise torch.OutOfMemoryError
+    """Of one student; the others are timed."""
+    forward = mamba.MambaEncoder.forward
 
-    monkeypatch.setattr(latency, "_wall_times", full)
-    rows = latency.measure(["mamba_tiny"], [64], [1], repeats=2)
+    def full(self: object, images: torch.Tensor) -> torch.Tensor:
+        if images.is_meta:  # it is counted there
+            return forward(self, images)  # type: ignore[arg-type]
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(mamba.MambaEncoder, "forward", full)
+    rows = latency.measure(["mamba_tiny", "vit_tiny"], [64], [1], repeats=2)
     assert rows[0].ms_median is None and rows[0].gflops > 0
+    assert all(row.ms_median for row in rows[1:])
     assert "out of memory" in latency.table(rows)
 
 

@@ -136,14 +136,18 @@ def latency(
     repeats: Annotated[int, typer.Option(min=2, help="calls that are timed, after the warm-up")] = 20,
     device: DeviceOption = "auto",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="type of weights and activations")] = "fp32",
+    threads: Annotated[int | None, typer.Option(min=1, help="of a CPU (default: all cores)")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="run every tower through torch.compile")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Measure students: parameters, FLOPs and milliseconds per call of each tower, in the form used for inference."""
     with errors_as_sentences():
         from reinforce.models.device import pick_device
+        from reinforce.process import torch_threads
         from train.latency import measure, table
 
+        if threads:
+            torch_threads(threads)
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
         print(json.dumps([asdict(row) for row in rows]) if json_ else table(rows))
 

@@ -2,11 +2,13 @@
 
 Every student is folded, in eval mode and inference mode, warmed up, and run on random inputs that are already on the
 device. Eager or compiled is one choice for all rows; each row is compiled anew for its own shape, since torch.compile
-stops making graphs of code that it has compiled for several models. On CUDA a tower is captured in a CUDA graph and
-replayed, so that no student is judged by how many kernels it launches; time is between two CUDA events; an eager image
-tower runs in both layouts of memory, and the faster one counts (a compiler chooses its own). Elsewhere time is the wall
-clock, and the layout NCHW.
-Compare only rows of one call on one machine; the quartiles beside the median show how steady it was.
+stops making graphs of code that it has compiled for several models. An eager image tower runs in both layouts of
+memory, and the faster one counts (a compiler chooses its own). On CUDA a tower is captured in a CUDA graph and
+replayed, so that no student is judged by how many kernels it launches; time is between two CUDA events. Elsewhere it is
+the wall clock, and eager rows are timed in turns, a call of each in every round, so that what else runs on the machine
+slows all alike.
+Compare only rows of one call on one machine with one number of threads: more threads do not help all students alike.
+The quartiles beside the median show how steady it was.
 
 What is counted for one input, on the plain definitions of the scans:
   gflops           matrix products, convolutions and attention, two for a multiplication with its addition
@@ -16,14 +18,15 @@ What is counted for one input, on the plain definitions of the scans:
 
 import copy
 import logging
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,7 @@ from train.students.fold import fold
 WARM_UP = 10  # calls
 Tower = Literal["image", "text"]
 Precision = Literal["fp32", "bf16"]
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -114,36 +118,17 @@ def measure(
     take is logged and has no rows. Raises ConfigError for a name that is neither.
     """
     place = torch.device(device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    settings: dict[str, Any] = {"precision": precision, "compiled": compiled, "machine": machine(place)}
-    rows = []
-    for name in names:
-        student = students.create(name)
-        model = fold(student.model)
-        num_image = _num_params(model.visual)
-        num_text = _num_params(model) - num_image - model.logit_scale.numel()
-        tokens = student.tokenizer(["a photo of a dog"])
-        inputs: list[tuple[Tower, int, nn.Module, int, Tensor]] = [
-            ("image", size, model.visual, num_image, torch.rand(1, 3, size, size)) for size in sizes_px
-        ]
-        inputs.append(("text", tokens.shape[1], _TextTower(model), num_text, tokens))
-        for kind, size, tower, params, one in inputs:
-            if kind not in towers:
-                continue
-            try:
-                gflops, gops = count(tower, one)
-            except (AssertionError, RuntimeError, ValueError) as error:  # what towers of timm, open_clip and ours raise
-                log.warning("%s takes no images of %d px: %s", student.name, size, error)
-                continue
-            ready = copy.deepcopy(tower).to(place, dtype).eval()
-            for batch in batches:
-                many = one.expand(batch, *one.shape[1:]).contiguous().to(place, dtype if kind == "image" else None)
-                spread = _spread(_times(ready, many, repeats, compiled))
-                row = Row(student.name, kind, size, batch, *spread, params, gflops, gops, repeats, **settings)
-                if place.type == "cuda" and kind == "image" and not compiled:
-                    row = _or_channels_last(row, ready, many)
-                rows.append(row)
-    return rows
+    jobs = _jobs(names, sizes_px, batches, repeats, place, precision, compiled, set(towers))
+    in_turns = place.type != "cuda" and not compiled
+    best: dict[tuple[str, str, int, int], Row] = {}
+    for group in [list(jobs)] if in_turns else ([job] for job in jobs):
+        for job, times in zip(group, _times(group, compiled), strict=True):
+            median, fastest, quartiles = _spread(times)
+            row = replace(job.row, ms_median=median, ms_min=fastest, ms_quartiles=quartiles)
+            other = best.setdefault((row.student, row.tower, row.size, row.batch), row)
+            if (row.ms_median or math.inf) < (other.ms_median or math.inf):
+                best[row.student, row.tower, row.size, row.batch] = row
+    return list(best.values())
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -199,38 +184,96 @@ def _spread(ms: list[float] | None) -> tuple[float | None, float | None, tuple[f
     return median, min(ms), (first, third)
 
 
-def _or_channels_last(row: Row, tower: nn.Module, images: Tensor) -> Row:
-    """The row, or that of the same calls in the other layout of memory, where they are faster."""
-    turned: Any = copy.deepcopy(tower)
-    turned = turned.to(memory_format=torch.channels_last)
-    images = images.to(memory_format=torch.channels_last)
-    median, fastest, quartiles = _spread(_times(turned, images, row.repeats, row.compiled))
-    if median is None or (row.ms_median is not None and row.ms_median <= median):
-        return row
-    return replace(row, ms_median=median, ms_min=fastest, ms_quartiles=quartiles, channels_last=True)
+@dataclass(frozen=True)
+class _Job:
+    """A tower that is to be timed, in one layout of memory."""
+
+    row: Row
+    tower: nn.Module
+    inputs: Tensor
 
 
-def _times(tower: nn.Module, inputs: Tensor, repeats: int, compiled: bool) -> list[float] | None:
-    """Milliseconds of each of `repeats` calls, which are at least 2; None where memory does not suffice."""
+def _jobs(
+    names: Iterable[str],
+    sizes_px: Iterable[int],
+    batches: Iterable[int],
+    repeats: int,
+    place: torch.device,
+    precision: Precision,
+    compiled: bool,
+    towers: set[Tower],
+) -> Iterator[_Job]:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    for name in names:
+        student = students.create(name)
+        model = fold(student.model)
+        num_image = _num_params(model.visual)
+        num_text = _num_params(model) - num_image - model.logit_scale.numel()
+        tokens = student.tokenizer(["a photo of a dog"])
+        inputs: list[tuple[Tower, int, nn.Module, int, Tensor]] = [
+            ("image", size, model.visual, num_image, torch.rand(1, 3, size, size)) for size in sizes_px
+        ]
+        inputs.append(("text", tokens.shape[1], _TextTower(model), num_text, tokens))
+        for kind, size, tower, params, one in inputs:
+            if kind not in towers:
+                continue
+            try:
+                gflops, gops = count(tower, one)
+            except (AssertionError, RuntimeError, ValueError) as error:  # what towers of timm, open_clip and ours raise
+                log.warning("%s takes no images of %d px: %s", student.name, size, error)
+                continue
+            work = (params, gflops, gops, repeats, precision, compiled, machine(place))
+            ready = copy.deepcopy(tower).to(place, dtype).eval()
+            for batch in batches:
+                many = one.expand(batch, *one.shape[1:]).contiguous().to(place, dtype if kind == "image" else None)
+                row = Row(student.name, kind, size, batch, None, None, None, *work)
+                yield _Job(row, ready, many)
+                if kind == "image" and not compiled:
+                    turned: Any = copy.deepcopy(ready)
+                    turned = turned.to(memory_format=torch.channels_last)
+                    many = many.to(memory_format=torch.channels_last)
+                    yield _Job(replace(row, channels_last=True), turned, many)
+
+
+def _times(group: list[_Job], compiled: bool) -> list[list[float] | None]:
+    """Of each job the milliseconds of each of its repeats; None where memory does not suffice. On CUDA, and compiled,
+    a group is one job."""
     if compiled:
         torch.compiler.reset()
-    call = partial(torch.compile(tower, dynamic=False) if compiled else tower, inputs)
+    calls = [partial(torch.compile(job.tower, dynamic=False) if compiled else job.tower, job.inputs) for job in group]
+    repeats = group[0].row.repeats if group else 0
+    with torch.inference_mode():
+        if any(job.inputs.is_cuda for job in group):
+            return [_unless_memory_is_full(partial(_cuda_times, call, repeats)) for call in calls]
+        return _wall_times(calls, repeats)
+
+
+def _unless_memory_is_full(call: Callable[[], T]) -> T | None:
     try:
-        with torch.inference_mode():
-            return _cuda_times(call, repeats) if inputs.is_cuda else _wall_times(call, repeats)
-    except torch.OutOfMemoryError:
-        return None
+        return call()
+    except RuntimeError as error:  # CUDA's error has a type of its own, a CPU's has not
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            return None
+        raise
 
 
-def _wall_times(call: Callable[[], Any], repeats: int) -> list[float]:
-    for _ in range(WARM_UP):
-        call()
-    times = []
+def _wall_times(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float] | None]:
+    """In turns, those that memory suffices for."""
+
+    def warmed_up(call: Callable[[], Any]) -> bool:
+        for _ in range(WARM_UP):
+            call()
+        return True
+
+    fits = [bool(_unless_memory_is_full(partial(warmed_up, call))) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
+        for call, its, fit in zip(calls, times, fits, strict=True):
+            if fit:
+                start = time.perf_counter()
+                call()
+                its.append(1000 * (time.perf_counter() - start))
+    return [its or None for its in times]
 
 
 def _cuda_times(call: Callable[[], Any], repeats: int) -> list[float]:
