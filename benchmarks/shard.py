@@ -111,7 +111,7 @@ def serial(worker: Worker, samples: list[Sample], folder: Path) -> None:
 def _caption(captioner: Any, picture: Image.Image, index: int) -> str:
     """One caption as open_clip's `CoCa.generate` makes it: the image anew, the whole text at every step."""
     model, config, tokenizer = captioner.frozen.model, captioner.config, captioner.frozen.tokenizer
-    image = captioner.frozen.normalise(torch.from_numpy(captioner.preprocess(picture)[None]))
+    image = captioner.frozen.normalise(torch.from_numpy(np.stack([captioner.preprocess(picture)])))
     numbers = torch.from_numpy(np.random.default_rng(index).random(config.max_tokens))
     image_embs = model(image)["image_embs"]
     tokens = torch.tensor([[tokenizer.sot_token_id]])

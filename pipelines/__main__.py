@@ -5,6 +5,7 @@ import sys
 from reinforce.terminal import errors_as_sentences
 
 QUESTIONS = (
+    "encoder",
     "feature_distance",
     "how_many",
     "ladder",

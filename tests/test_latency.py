@@ -39,7 +39,7 @@ def test_rows_for_every_tower_size_and_batch(two_threads: None, caplog: pytest.L
         assert 0 < row.ms_min <= row.ms_quartiles[0] <= row.ms_median <= row.ms_quartiles[1]
         assert f"torch {torch.__version__}" in row.machine and "2 threads" in row.machine
     text = latency.table(rows)
-    assert text.count("mamba_tiny") == 6 and "0.92" in text and "eager, 2 repeats" in text
+    assert text.count("mamba_tiny") == 6 and "0.90" in text and "eager, 2 repeats" in text
     json.dumps([asdict(row) for row in rows])
 
 

@@ -174,3 +174,11 @@ def test_selective_scan_doubles_where_no_gradient_is_asked_for() -> None:
     assert scan.selective_scan_path(cpu) == "sequential"
     with torch.no_grad():
         assert scan.selective_scan_path(cpu) == "doubling"
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 61, 64])
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_a_running_sum_by_doubling_is_one(length: int, dim: int) -> None:
+    shape = (2, length, 3) if dim == 1 else (2, 3, length)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(scan.running_sum_by_doubling(x, dim), x.cumsum(dim), rtol=1e-12, atol=1e-12)

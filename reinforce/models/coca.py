@@ -49,9 +49,10 @@ def check(model: open_clip.CoCa, config: CaptionerConfig) -> None:
 class Decoder:
     """Writes captions, for one batch of images after the other.
 
-    On a GPU no step waits for the host: nothing that a token depends on is decided there. So all steps are one CUDA
-    graph, which is replayed, and a call waits once, at its end. Elsewhere waiting is free, and a call ends when all
-    captions have.
+    On a GPU no step waits for the host: nothing that a token depends on is decided there, and all steps have one shape.
+    So they are one CUDA graph, which is replayed, and a call waits once, at its end. On a CPU waiting is free: a step
+    looks at the tokens so far and at few candidates, at more where these are too few, and a call ends when all captions
+    have.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Decoder:
             state = self._begin(images, uniforms)
             for place in range(self.config.max_tokens - 2):
                 self._step(state.positions[place : place + 1])
-                if images.device.type == "cpu" and state.ended.all():
+                if not state.fixed and state.ended.all():
                     break
             state.tokens[..., -1].masked_fill_(~state.ended, self.eot)
             told = torch.cat([state.tokens.flatten(), state.enough.view(1)]).cpu()  # together: a GPU is waited for once
@@ -92,7 +93,8 @@ class Decoder:
         memory = [_image_keys_values(block, image_embs) for block in self.model.text_decoder.cross_attn]
         numbers = torch.from_numpy(uniforms)
         if self._state is None or self._state.tokens.shape != numbers.shape:
-            self._state = _State(self.model, memory, numbers.to(images.device))
+            fixed = self.graphs or images.device.type != "cpu"
+            self._state = _State(self.model, memory, numbers.to(images.device), fixed)
             self._step = self._write_token
             if self.graphs:
                 self._step = captured(self._write_token, self._state.positions[:1])
@@ -109,7 +111,11 @@ class Decoder:
         logits[..., pad] = -torch.inf  # no choice: the loss skips pads, and the text tower hides what follows one
         logits[..., self.eot].masked_fill_(after < self.config.min_tokens, -torch.inf)
         numbers = state.numbers.index_select(-1, after).flatten()
-        chosen, enough = choose(logits.flatten(0, 1), numbers, self.config, self._num_candidates)
+        num = self._num_candidates
+        chosen, enough = choose(logits.flatten(0, 1), numbers, self.config, num)
+        while not state.fixed and not enough:
+            num *= 8
+            chosen, enough = choose(logits.flatten(0, 1), numbers, self.config, num)
         state.enough &= enough
         chosen = chosen.view(tokens.shape).where(~state.ended, pad)
         state.tokens.index_copy_(-1, after, chosen.unsqueeze(-1))
@@ -162,16 +168,15 @@ def caption_text(tokens: Tensor, tokenizer: Any, sot: int, eot: int) -> str:
 
 
 class _Cache:
-    """Keys and values of one self-attention, (rows, heads, T, head width) each. Tokens to come are hidden, and not cut
-    off: so all steps have one shape."""
+    """Keys and values of one self-attention, (rows, heads, T, head width) each."""
 
     def __init__(self, num_rows: int, num_tokens: int, attn: nn.MultiheadAttention, like: Tensor) -> None:
         self.keys_values = like.new_zeros(2, num_rows, attn.num_heads, num_tokens, attn.head_dim)
 
-    def extend(self, keys_values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Put in those of the token at `position`, (2, rows, heads, 1, head width); give all."""
+    def extend(self, keys_values: Tensor, position: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Put in those of the token at `position`, (2, rows, heads, 1, head width); give the first `num`."""
         self.keys_values.index_copy_(3, position, keys_values)
-        keys, values = self.keys_values
+        keys, values = self.keys_values[..., :num, :]
         return keys, values
 
 
@@ -179,9 +184,12 @@ class _State:
     """What the steps of a call read and write. A CUDA graph knows it by its addresses, so it is filled anew and not
     made anew."""
 
-    def __init__(self, model: open_clip.CoCa, image: list[tuple[Tensor, Tensor]], numbers: Tensor) -> None:
-        """`image`: keys and values of the image for every cross-attention. `numbers` (B, C, T), on the device."""
-        self.image, self.numbers = image, numbers
+    def __init__(
+        self, model: open_clip.CoCa, image: list[tuple[Tensor, Tensor]], numbers: Tensor, fixed: bool = False
+    ) -> None:
+        """`image`: keys and values of the image for every cross-attention. `numbers` (B, C, T), on the device. `fixed`:
+        all steps have one shape, and do not wait."""
+        self.image, self.numbers, self.fixed = image, numbers, fixed
         *shape, num_tokens = numbers.shape
         self.positions = torch.arange(num_tokens, device=numbers.device)
         self.tokens = torch.zeros(numbers.shape, dtype=torch.int64, device=numbers.device)
@@ -193,6 +201,13 @@ class _State:
             [_Cache(self.ended.numel(), num_tokens, block.attn, like=image[0][0]) for block in blocks]
             for blocks in towers
         )
+
+    def seen(self, position: Tensor) -> tuple[int, Tensor | None]:
+        """How many tokens of a text the one at `position` attends to; where these are all, a mask hides those to
+        come."""
+        if self.fixed:
+            return len(self.positions), (self.positions <= position).unsqueeze(0)
+        return int(position) + 1, None
 
     def begin(self, image: list[tuple[Tensor, Tensor]], numbers: Tensor, sot: int, pad: int) -> None:
         for kept, given in zip(self.image, image, strict=True):
@@ -210,7 +225,7 @@ def _logits(model: open_clip.CoCa, tokens: Tensor, position: Tensor, state: _Sta
     """Tokens (B, C) at `position` (1,) -> logits (B, C, V) of the tokens after them."""
     text, decoder = model.text, model.text_decoder
     dtype = text.transformer.get_cast_dtype()
-    seen = (state.positions <= position).unsqueeze(0)
+    seen = state.seen(position)
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[position].to(dtype)
     for block, cache in zip(text.transformer.resblocks, state.text, strict=True):
         x = _feed_forward(block, x + block.ls_1(_self_attention(block, x, cache, position, seen)))
@@ -230,13 +245,16 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
     return out
 
 
-def _self_attention(block: Block, x: Tensor, cache: _Cache, position: Tensor, seen: Tensor) -> Tensor:
-    """The token at `position` of every caption (B, C, W) attends to what is `seen` (1, T) of its own -> (B, C, W)."""
+def _self_attention(
+    block: Block, x: Tensor, cache: _Cache, position: Tensor, seen: tuple[int, Tensor | None]
+) -> Tensor:
+    """The token at `position` of every caption (B, C, W) attends to what is `seen` of its own caption -> (B, C, W)."""
+    num, mask = seen
     attn: nn.MultiheadAttention = block.attn
     projected = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
     heads = projected.view(-1, 1, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    keys, values = cache.extend(heads[1:], position)
-    out = F.scaled_dot_product_attention(heads[0], keys, values, seen)  # (B * C, heads, 1, head width)
+    keys, values = cache.extend(heads[1:], position, num)
+    out = F.scaled_dot_product_attention(heads[0], keys, values, mask)  # (B * C, heads, 1, head width)
     return F.linear(out.reshape(x.shape), attn.out_proj.weight, attn.out_proj.bias)
 
 

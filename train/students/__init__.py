@@ -27,11 +27,11 @@ from reinforce.models.pixels import Normaliser
 from train.evaluation.metrics import Metrics, Precision, evaluate
 from train.evaluation.sets import EvalSet
 from train.export import ExportReport, Graph, Method, export
-from train.students import hybrid_text, mamba, mambavision, mci
+from train.students import hybrid_text, mamba, mamba_v1, mambavision, mci
 from train.students.fold import fold
 
 # Importing them registers their encoders with timm, and the hybrid text tower with open_clip.
-TOWERS = (hybrid_text, mamba, mambavision, mci)
+TOWERS = (hybrid_text, mamba, mamba_v1, mambavision, mci)
 
 CONFIGS = Path(__file__).parent / "configs"
 CONFIG = "open_clip_config.json"

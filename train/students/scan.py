@@ -233,62 +233,85 @@ def _both_ways(scan: Callable[..., Tensor], x: Tensor, dt: Tensor, A: Tensor, B:
 
 
 def ssd_product(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """`ssd` as one masked product, `((C B^T) o (M_forward + M_backward - I)) (dt x)`: quadratic in L, without a scan.
-
-    A pair (i, j) lies on one side of the diagonal, so both masks are one exponential. Its argument is taken from that
-    side alone, where it is a sum of log-decays and never positive; on the other side it would overflow.
-    """
-    log_decays = _log_decays(dt, A).transpose(1, 2)  # (b, H, L)
-    until = log_decays.cumsum(-1)  # with itself
-    before = until - log_decays
-    past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-    forward = until.unsqueeze(-1) - until.unsqueeze(-2)
-    backward = before.unsqueeze(-2) - before.unsqueeze(-1)
-    weights = (C @ B.mT).unsqueeze(1) * torch.where(past, forward, backward).exp()  # (b, H, L, L)
+    """`ssd` as one masked product, `((C B^T) o decays) (dt x)`: quadratic in L, without a scan."""
+    decays = _decays(_log_decays(dt, A).transpose(1, 2))  # (b, H, L, L)
+    weights = (C @ B.mT).unsqueeze(1) * decays
     inputs = (x * dt.unsqueeze(-1)).transpose(1, 2)  # (b, H, L, P)
     return (weights.to(x.dtype) @ inputs.to(x.dtype)).transpose(1, 2)
 
 
 def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = CHUNK) -> Tensor:
-    """`ssd` for long sequences, linear in L: a product within each chunk, states carried from chunk to chunk."""
-    length = x.shape[1]
-    missing = -length % chunk
-    x, dt, B, C = (_chunked(t, missing, chunk) for t in (x, dt, B, C))  # a step of 0 neither adds nor decays
-    near = ssd_product(x.flatten(0, 1), dt.flatten(0, 1), A, B.flatten(0, 1), C.flatten(0, 1)).view_as(x)
-    log_decays = _log_decays(dt, A)  # (b, chunks, chunk, H)
-    until = log_decays.cumsum(2)
+    """`ssd` for long sequences, linear in L: a product within each chunk, states carried from chunk to chunk.
+
+    What is carried forwards and what is carried backwards are one state of 2 N numbers for each channel.
+    """
+    length, num_states = x.shape[1], B.shape[-1]
+    x, dt, B, C = (_chunked(t, -length % chunk, chunk) for t in (x, dt, B, C))  # (b, chunks, chunk, ..)
+    log_decays = _log_decays(dt, A).transpose(2, 3)  # (b, chunks, H, chunk)
+    until = _running_sum(log_decays, -1)  # with itself
+    before, total = until - log_decays, until[..., -1:]
+    inputs = (x * dt.unsqueeze(-1)).transpose(2, 3).contiguous()  # (b, chunks, H, chunk, P)
+    B, C = B.unsqueeze(2), C.unsqueeze(2)  # for all heads
+    near = ((C @ B.mT) * _decays(log_decays)).to(x.dtype) @ inputs.to(x.dtype)
+    into = _both(B, total - until, before)
+    handed_on = inputs.mT @ into.to(inputs.dtype)  # (b, chunks, H, P, 2 N)
+    whole = total.exp().unsqueeze(-1)
+    ahead = _carried(handed_on[..., :num_states], whole)
+    back = _carried(handed_on[..., num_states:].flip(1), whole.flip(1)).flip(1)
+    carried = torch.cat([ahead, back], -1)
+    y = near + (_both(C, until, total - before).to(carried.dtype) @ carried.mT).to(x.dtype)
+    return y.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def _decays(log_decays: Tensor) -> Tensor:
+    """(.., L) -> (.., L, L): what is left at i of what came at j, on both sides of the diagonal.
+
+    Forwards the exponent is the sum of log-decays over j < k <= i, backwards over i <= k < j. A pair lies on one side
+    of the diagonal, so both are one exponential; on the other side each of the two is positive, and would overflow.
+    """
+    until = _running_sum(log_decays, -1)  # with itself
     before = until - log_decays
-    total = until[:, :, -1:]
-    inputs = x * dt.unsqueeze(-1)
-    ahead = _carried(_states(inputs, total - until, B), total)
-    back = _carried(_states(inputs, before, B).flip(1), total.flip(1)).flip(1)
-    far = _read(ahead, until, C) + _read(back, total - before, C)
-    return (near + far.to(x.dtype)).flatten(1, 2)[:, :length]
+    forwards = until.unsqueeze(-1) - until.unsqueeze(-2)
+    backwards = before.unsqueeze(-2) - before.unsqueeze(-1)
+    past = torch.ones(forwards.shape[-2:], dtype=torch.bool, device=until.device).tril()
+    return torch.where(past, forwards, backwards).exp()
+
+
+def _both(t: Tensor, forwards: Tensor, backwards: Tensor) -> Tensor:
+    """B or C, (b, chunks, 1, chunk, N), decayed by the exponentials of (b, chunks, H, chunk): 2 N, side by side."""
+    decays = torch.stack([forwards, backwards], -1).exp()
+    return (t.unsqueeze(-2) * decays.unsqueeze(-1)).flatten(-2)
 
 
 def _chunked(t: Tensor, missing: int, chunk: int) -> Tensor:
-    padded = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing))
-    return padded.view(t.shape[0], -1, chunk, *t.shape[2:])
+    """Steps of 0 are added, which neither add nor decay."""
+    padded = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
+    return padded.reshape(t.shape[0], -1, chunk, *t.shape[2:])
 
 
-def _states(inputs: Tensor, log_decays: Tensor, B: Tensor) -> Tensor:
-    """What each chunk hands on: (b, chunks, H, P, N)."""
-    decayed = inputs * log_decays.exp().unsqueeze(-1)
-    return torch.einsum("bcqhp,bcqn->bchpn", decayed, B.to(decayed.dtype))
-
-
-def _carried(states: Tensor, total: Tensor) -> Tensor:
+def _carried(states: Tensor, decays: Tensor) -> Tensor:
     """What reaches each chunk from those before it, of what they hand on."""
-    decays = total.transpose(2, 3).unsqueeze(-1).exp()  # (b, chunks, H, 1, 1)
     carried = [torch.zeros_like(states[:, 0])]
     for i in range(states.shape[1] - 1):
-        carried.append(decays[:, i] * carried[-1] + states[:, i])
+        carried.append(torch.addcmul(states[:, i], decays[:, i], carried[-1]))
     return torch.stack(carried, 1)
 
 
-def _read(states: Tensor, log_decays: Tensor, C: Tensor) -> Tensor:
-    """What the states give at each place of their chunk: (b, chunks, chunk, H, P)."""
-    return torch.einsum("bcqn,bchpn->bcqhp", C.to(states.dtype), states) * log_decays.exp().unsqueeze(-1)
+def _running_sum(x: Tensor, dim: int) -> Tensor:
+    """`x.cumsum(dim)`. The compiler of torch 2.11 fails on that one on CUDA (`SplitScan`: docs/results/gpu.md)."""
+    if x.is_cuda and torch.compiler.is_compiling():
+        return running_sum_by_doubling(x, dim)
+    return x.cumsum(dim)
+
+
+def running_sum_by_doubling(x: Tensor, dim: int) -> Tensor:
+    """`x.cumsum(dim)` in log2(L) additions (Hillis and Steele 1986)."""
+    length, shift = x.shape[dim], 1
+    while shift < length:
+        reached = x.narrow(dim, shift, length - shift) + x.narrow(dim, 0, length - shift)
+        x = torch.cat([x.narrow(dim, 0, shift), reached], dim)
+        shift *= 2
+    return x
 
 
 def _log_decays(dt: Tensor, A: Tensor) -> Tensor:
