@@ -177,7 +177,7 @@ def assert_same_embeddings(a: np.ndarray, b: np.ndarray) -> None:
 
 @pytest.mark.heavy
 def test_a_training_goes_on_from_its_checkpoint() -> None:
-    """Equal bit for bit on the machine that wrote it, hence the same on any but for rounding."""
+    """The same but for rounding, of which AdamW makes much where a gradient is nothing else: the bias of keys."""
     expected = json.loads(Path("expected.json").read_text())["curve"]
     report = answer(
         train, "fit", "--shards", TARS, "--store", "store.zarr", "--recipe", "training.json", "--out", "run"
@@ -191,7 +191,7 @@ def test_a_training_goes_on_from_its_checkpoint() -> None:
     for line, before in zip(curve[3:], expected[2:], strict=False):  # the scale after a step is that before the next
         assert line["logit_scale"] == pytest.approx(before["logit_scale"], abs=1e-5)
     weights, wanted = load_file("run/student/open_clip_model.safetensors"), load_file("weights_at_the_end.safetensors")
-    torch.testing.assert_close(weights, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights, wanted, atol=1e-4, rtol=0)
 
 
 def test_prompts_are_known_again_and_adapt_their_teacher_as_they_did() -> None:
