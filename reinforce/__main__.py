@@ -13,6 +13,7 @@ import typer
 
 from reinforce.config import Model, Recipe, RunOptions, parse
 from reinforce.errors import ConfigError
+from reinforce.exchange import commands
 from reinforce.recipes import choice, listed, load_recipe, overridden
 from reinforce.run.reports import RunReport
 from reinforce.terminal import (
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from reinforce.check.repair import RepairReport
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(commands.importing, name="import")
+app.add_typer(commands.exporting, name="export")
 
 ShardsArgument = Annotated[
     str, typer.Argument(metavar="SHARDS", help="tars: braces, '*', several joined by '::', paths or fsspec URLs")

@@ -38,7 +38,7 @@ class Op:
     apply: Callable[[Image.Image, float], Image.Image]
 
 
-def _ramp(start: float, end: float) -> tuple[float, ...]:
+def ramp(start: float, end: float) -> tuple[float, ...]:
     # torch.linspace(start, end, 31) to the last bit of its float32: Pillow truncates, so that bit shows in pixels.
     first, last = float(np.float32(start)), float(np.float32(end))
     step = float(np.float32(last - first) / np.float32(30))
@@ -58,23 +58,23 @@ def _pixels(share: float, side_px: int) -> int:
 
 # fmt: off
 OPS = (  # An operation's place is its id in every store: never move one.
-    Op("Identity", "none", False, _ramp(0, 0), lambda view, m: view),
-    Op("ShearX", "tangent", True, _ramp(0, 0.3), lambda view, m: _affine(view, 1, m, 0, 0, 1, 0)),
-    Op("ShearY", "tangent", True, _ramp(0, 0.3), lambda view, m: _affine(view, 1, 0, 0, m, 1, 0)),
-    Op("TranslateX", "share of the view's side", True, _ramp(0, 150 / 331),
+    Op("Identity", "none", False, ramp(0, 0), lambda view, m: view),
+    Op("ShearX", "tangent", True, ramp(0, 0.3), lambda view, m: _affine(view, 1, m, 0, 0, 1, 0)),
+    Op("ShearY", "tangent", True, ramp(0, 0.3), lambda view, m: _affine(view, 1, 0, 0, m, 1, 0)),
+    Op("TranslateX", "share of the view's side", True, ramp(0, 150 / 331),
        lambda view, m: _affine(view, 1, 0, -_pixels(m, view.width), 0, 1, 0)),
-    Op("TranslateY", "share of the view's side", True, _ramp(0, 150 / 331),
+    Op("TranslateY", "share of the view's side", True, ramp(0, 150 / 331),
        lambda view, m: _affine(view, 1, 0, 0, 0, 1, -_pixels(m, view.height))),
-    Op("Rotate", "degrees", True, _ramp(0, 30), lambda view, m: view.rotate(m, Image.Resampling.NEAREST)),
-    Op("Brightness", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Brightness(view).enhance(1 + m)),
-    Op("Color", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Color(view).enhance(1 + m)),
-    Op("Contrast", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Contrast(view).enhance(1 + m)),
-    Op("Sharpness", "factor - 1", True, _ramp(0, 0.9), lambda view, m: ImageEnhance.Sharpness(view).enhance(1 + m)),
+    Op("Rotate", "degrees", True, ramp(0, 30), lambda view, m: view.rotate(m, Image.Resampling.NEAREST)),
+    Op("Brightness", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Brightness(view).enhance(1 + m)),
+    Op("Color", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Color(view).enhance(1 + m)),
+    Op("Contrast", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Contrast(view).enhance(1 + m)),
+    Op("Sharpness", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Sharpness(view).enhance(1 + m)),
     Op("Posterize", "bits", False, tuple(8.0 - round(level / 7.5) for level in range(31)),
        lambda view, m: ImageOps.posterize(view, int(m))),
-    Op("Solarize", "threshold of 255", False, _ramp(255, 0), lambda view, m: ImageOps.solarize(view, math.ceil(m))),
-    Op("AutoContrast", "none", False, _ramp(0, 0), lambda view, m: ImageOps.autocontrast(view)),
-    Op("Equalize", "none", False, _ramp(0, 0), lambda view, m: ImageOps.equalize(view)),
+    Op("Solarize", "threshold of 255", False, ramp(255, 0), lambda view, m: ImageOps.solarize(view, math.ceil(m))),
+    Op("AutoContrast", "none", False, ramp(0, 0), lambda view, m: ImageOps.autocontrast(view)),
+    Op("Equalize", "none", False, ramp(0, 0), lambda view, m: ImageOps.equalize(view)),
 )
 # fmt: on
 

@@ -45,6 +45,8 @@ class Status(IntEnum):
     CAPTION_NOT_UTF8 = 10
     CAPTION_NOT_TEXT = 11
     CAPTION_JSON_BROKEN = 12
+    NO_RECORD = 13  # in what was imported
+    OTHER_SIZE = 14  # than the image that was reinforced elsewhere
 
     @property
     def reason(self) -> str:

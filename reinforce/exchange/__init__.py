@@ -1,0 +1,1 @@
+"""What other tools write and read: into a store, and out of it."""

@@ -1,0 +1,73 @@
+"""The commands `import` and `export`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reinforce.errors import ConfigError
+from reinforce.recipes import load_recipe
+from reinforce.terminal import JsonOption, SetOption, errors_as_sentences, show
+
+importing = typer.Typer(no_args_is_help=True, help="Make a store of what others wrote.")
+exporting = typer.Typer(no_args_is_help=True, help="Write a store in a form that others read.")
+
+StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
+
+
+@importing.command("datacompdr")
+def import_datacompdr(
+    records: Annotated[str, typer.Argument(metavar="TARS", help="tars with paug.json, syn.json and npz or pth.gz")],
+    store: StoreOption,
+    images: Annotated[
+        str | None, typer.Option(help="tars with the images, named as those of the records; by default the same tars")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="a recipe that names the teachers and the captioner")] = "datacompdr_12m",
+    set_: SetOption = [],
+    width: Annotated[
+        list[str],
+        typer.Option(metavar="TEACHER=NUMBER", help="of its part of an embedding, in the recipe's order; else equal"),
+    ] = [],
+    max_invalid: Annotated[
+        float, typer.Option(help="a shard with a larger share of samples without image or record is refused")
+    ] = 0.1,
+    json_: JsonOption = False,
+) -> None:
+    """Make a store of DataCompDR's tars and of the images that they are of, from which `clip-train fit` learns."""
+    with errors_as_sentences():
+        from reinforce.exchange.imported import import_datacompdr as run
+
+        report = run(records, images or records, store, load_recipe(recipe, set_), _widths(width), max_invalid)
+        show(asdict(report), json_)
+        raise typer.Exit(1 if report.failed else 0)
+
+
+@exporting.command("datacompdr")
+def export_datacompdr(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")],
+    shards: Annotated[str, typer.Option(help="the tars that the store was made from")],
+    out: Annotated[Path, typer.Option(help="the folder that is written")],
+    embeddings: Annotated[str, typer.Option(help="fp32, in npz, or bf16, in pth.gz")] = "fp32",
+    view_set: Annotated[str, typer.Option(help="which views are written")] = "base",
+    json_: JsonOption = False,
+) -> None:
+    """Write tars as those of DataCompDR, images and captions among them: the published trainer reads them."""
+    with errors_as_sentences():
+        from reinforce.exchange.exported import export_datacompdr as run
+
+        if embeddings not in ("fp32", "bf16"):
+            raise ConfigError(f"--embeddings {embeddings}: choose fp32 or bf16")
+        report = run(store, shards, out, embeddings, view_set)  # type: ignore[arg-type]
+        show(asdict(report), json_)
+        raise typer.Exit(1 if report.failed else 0)
+
+
+def _widths(given: list[str]) -> dict[str, int]:
+    widths = {}
+    for item in given:
+        name, equals, number = item.partition("=")
+        if not equals or not number.isdecimal():
+            raise ConfigError(f"--width {item}: write TEACHER=NUMBER, such as openai=768")
+        widths[name] = int(number)
+    return widths
