@@ -104,6 +104,14 @@ class Captioner(Model):
     min_tokens: int = Field(5, ge=1, description="the fewest tokens before the end token, with the start token")
 
 
+class Texts(Config):
+    """Captions that were written elsewhere, and imported: `clip-reinforce import captions`."""
+
+    num_captions: int = Field(ge=1)
+    source: str = Field("", description="who wrote them, in words")
+    sha256: str = Field(description="of the file they came in")
+
+
 def _lines_of(names: Any) -> Any:
     if not isinstance(names, str):
         return names
@@ -156,6 +164,7 @@ class Recipe(Config):
     teachers: dict[Name, Teacher] = Field(min_length=1)
     view_sets: dict[Name, ViewSet] = Field(default={"base": ViewSet()}, min_length=1)
     captioners: dict[Name, Captioner] = Field(description="synthetic text sets, by name")
+    texts: dict[Name, Texts] = Field({}, description="text sets that were imported, by name; an import writes this")
     class_sets: dict[Name, ClassSet] = Field({}, description="classes whose texts are embedded, once per store")
     num_original_captions: int = Field(
         1, ge=0, description="how many of the captions that came with an image are kept; 0: images need no caption"
@@ -168,11 +177,17 @@ class Recipe(Config):
         "pretrained", description="random: architectures without their weights, to try shapes and memory"
     )
 
+    @model_validator(mode="after")
+    def _one_text_set_a_name(self) -> Self:
+        if both := self.captioners.keys() & self.texts.keys():
+            raise ValueError(f"'{min(both)}' names a captioner and an imported text set; rename one")
+        return self
+
     @property
     def text_sets(self) -> dict[str, int]:
-        """Number of captions by text set: the original ones, where they are kept, then each captioner's."""
+        """Number of captions by text set: the original ones, where they are kept, each captioner's, the imported."""
         original = {ORIGINAL: self.num_original_captions} if self.num_original_captions else {}
-        return original | {name: captioner.num_captions for name, captioner in self.captioners.items()}
+        return original | {name: made.num_captions for name, made in (self.captioners | self.texts).items()}
 
     @property
     def random_seed(self) -> int | None:
@@ -180,7 +195,7 @@ class Recipe(Config):
         return self.seed if self.weights == "random" else None
 
 
-NAMED = ("teachers", "view_sets", "captioners", "class_sets")  # the parts of a recipe that a store can grow by
+NAMED = ("teachers", "view_sets", "captioners", "texts", "class_sets")  # the parts of a recipe that a store can grow by
 
 
 class RunOptions(Config):

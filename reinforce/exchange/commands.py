@@ -1,5 +1,6 @@
 """The commands `import` and `export`."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ import typer
 
 from reinforce.errors import ConfigError
 from reinforce.recipes import load_recipe
-from reinforce.terminal import JsonOption, SetOption, errors_as_sentences, show
+from reinforce.terminal import JsonOption, SetOption, errors_as_sentences, show, typed
 
 importing = typer.Typer(no_args_is_help=True, help="Make a store of what others wrote.")
 exporting = typer.Typer(no_args_is_help=True, help="Write a store in a form that others read.")
@@ -61,6 +62,44 @@ def export_datacompdr(
         report = run(store, shards, out, embeddings, view_set)  # type: ignore[arg-type]
         show(asdict(report), json_)
         raise typer.Exit(1 if report.failed else 0)
+
+
+@importing.command("captions")
+def import_captions(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .jsonl.gz or .parquet: key, and captions")],
+    store: StoreOption,
+    name: Annotated[str, typer.Option(help="what the text set is called")],
+    num_captions: Annotated[
+        int | None, typer.Option(min=1, help="for each image; by default as many as the one with most of them has")
+    ] = None,
+    source: Annotated[str, typer.Option(help="who wrote them, for the manifest")] = "",
+    json_: JsonOption = False,
+) -> None:
+    """Add captions that were written elsewhere. `clip-reinforce extend` then has the teachers embed them."""
+    with errors_as_sentences():
+        from reinforce.exchange.captions import import_captions as run
+
+        following = f"{typed('clip-reinforce')} extend SHARDS --store {store}"
+        show(asdict(run(file, store, name, num_captions, source)), json_, following)
+
+
+@exporting.command("keys")
+def export_keys(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")],
+    shards: Annotated[str, typer.Option(help="the tars that the store was made from")],
+    out: Annotated[Path | None, typer.Option(help="the file that is written; by default stdout")] = None,
+) -> None:
+    """Write a JSON line for each image, for who captions elsewhere: shard, key, caption, where its bytes lie."""
+    with errors_as_sentences():
+        from reinforce.exchange.captions import export_keys as run
+
+        lines = (json.dumps(told, ensure_ascii=False) for told in run(store, shards))
+        if out is None:
+            for line in lines:
+                print(line)
+        else:
+            with out.open("w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
 
 
 def _widths(given: list[str]) -> dict[str, int]:

@@ -179,7 +179,7 @@ class _ShardWork:
         if captions in self.committed and self._stored(captions)[:, batch.rows].tolist() != originals:
             raise self._other_tar("its captions differ")
         self._texts(ORIGINAL, originals)
-        for name in self.recipe.captioners:
+        for name in (name for name in self.recipe.text_sets if name != ORIGINAL):
             if any(column.kind == "text" and column.set == name for column in self.wanted):
                 self._texts(name, self._captions(name, batch, inputs))
         for name, views_of_set in views_ahead.items():
@@ -251,6 +251,10 @@ class _ShardWork:
         column = Column("text", name, "caption")
         if column in self.committed:
             return [list(row) for row in self._stored(column)[:, batch.rows]]
+        if name not in self.worker.captioners:
+            raise ShardError(
+                f"{self.shard.name} has no captions of '{name}' yet: `clip-reinforce import captions` writes them"
+            )
         keys = [sample.key for sample in batch.samples]
         captions = self.worker.captioners[name].caption(inputs[name], self.recipe.seed, name, keys)
         for row in captions:

@@ -37,7 +37,7 @@ class Manifest:
     def of(cls, recipe: Recipe, models: dict[str, dict[str, Any]], card: dict[str, str] = {}) -> Self:
         """The manifest of a recipe whose models have been loaded, on that `card` (models/device.py)."""
         return cls(
-            recipe.model_dump(mode="json"),
+            _without_texts(recipe.model_dump(mode="json")),
             models,
             {name: augment.fields(view_set) for name, view_set in recipe.view_sets.items()},
             {package: version(package) for package in _SOFTWARE} | card,
@@ -84,6 +84,8 @@ class Manifest:
             parts += [recipe["class_sets"][column.set]]
         elif column.set in recipe["captioners"]:
             parts += [recipe["seed"], _settings(recipe["captioners"][column.set]), models["captioners"][column.set]]
+        elif column.set in recipe.get("texts", {}):
+            parts += [recipe["texts"][column.set]]
         elif column.kind == "text":
             parts += [recipe.get("num_original_captions", 1)]
         if column.teacher:
@@ -127,7 +129,8 @@ class Manifest:
         self.check(common, where)
         models = {kind: of | self.models[kind] for kind, of in asked.models.items()}
         fields = asked.augment_fields | self.augment_fields
-        recipe = asked.recipe | {part: asked.recipe[part] | self.recipe.get(part, {}) for part in NAMED}
+        parts = {part: asked.recipe.get(part, {}) | self.recipe.get(part, {}) for part in NAMED}
+        recipe = _without_texts(asked.recipe | parts)
         return replace(asked, recipe=recipe, models=models, augment_fields=fields, format_version=self.format_version)
 
     def check(self, asked: "Manifest", where: str) -> None:
@@ -140,6 +143,11 @@ class Manifest:
             for kind, of_kind in asked.models.items()
         }
         _compare({"recipe": self.recipe, "models": self.models}, {"recipe": asked.recipe, "models": models}, where)
+
+
+def _without_texts(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Where nothing was imported, as manifests were written before there were imports."""
+    return {name: node for name, node in recipe.items() if name != "texts" or node}
 
 
 def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +169,8 @@ def _settings(model: dict[str, Any]) -> dict[str, Any]:
 def _common(asked: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """What is asked, without the teachers and sets whose names were not there before."""
     return asked | {
-        part: {name: node for name, node in asked[part].items() if name in stored.get(part, {})} for part in NAMED
+        part: {name: node for name, node in asked.get(part, {}).items() if name in stored.get(part, {})}
+        for part in NAMED
     }
 
 

@@ -1,0 +1,229 @@
+"""Captions go out as keys and come in as a text set: from a model behind a real HTTP server, in any order and form."""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from typer.testing import CliRunner
+
+from reinforce.__main__ import app
+from reinforce.config import Recipe, RunOptions
+from reinforce.data import shards
+from reinforce.errors import ConfigError, ManifestMismatch
+from reinforce.exchange.captions import export_keys, import_captions
+from reinforce.models.teacher import Teacher
+from reinforce.run import driver
+from reinforce.store.columns import Column
+from reinforce.store.store import Store
+from tests.conftest import Reinforced
+from tests.processes import ROOT
+from train.config import TrainConfig
+from train.trainer import fit
+
+VLM = Column("text", "vlm", "caption")
+
+
+def seen(image: bytes) -> str:
+    """What the model of these tests says of an image."""
+    return f"an image of {hashlib.sha256(image).hexdigest()[:6]}"
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers as vLLM does."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        url = asked["messages"][0]["content"][1]["image_url"]["url"]
+        said = seen(base64.b64decode(url.partition(",")[2]))
+        choices = [{"message": {"content": f"{said}\n take {i} "}} for i in range(asked["n"])]
+        body = json.dumps({"choices": choices}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def store(reinforced: Reinforced, tmp_path: Path) -> str:
+    """A copy, which a test may add to."""
+    return str(shutil.copytree(reinforced.store, tmp_path / "store"))
+
+
+def images(listed: str) -> dict[tuple[str, str], bytes]:
+    return {
+        (shard.name, sample.key): sample.image
+        for shard in shards.expand(listed)
+        for sample in shards.read(shard)
+        if sample.image
+    }
+
+
+def test_the_way_of_the_document(
+    reinforced: Reinforced, recipe: Recipe, store: str, server: str, tmp_path: Path
+) -> None:
+    before = {str(c): Store(store).read("00000", c).tobytes() for c in Store(store).promised().columns() if c.teacher}
+    keys, captions = tmp_path / "keys.jsonl", tmp_path / "captions.jsonl"
+    cli("export", "keys", store, "--shards", reinforced.shards, "--out", str(keys))
+    [script] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/captions.md").read_text(), re.S)
+    (tmp_path / "caption.py").write_text(script.replace("http://localhost:8000", server))
+    subprocess.run([sys.executable, tmp_path / "caption.py", keys, captions], check=True)
+    told = cli("import", "captions", str(captions), "--store", store, "--name", "vlm", "--source", "a server")
+    assert (told["num_captions"], told["samples"], told["without_caption"], told["without_image"]) == (2, 32, 0, 0)
+    report = driver.run(
+        reinforced.shards, store, Store(store).promised().parsed_recipe(), RunOptions(workers="0", max_invalid=1)
+    )
+    assert report.failed == [] and report.done == 3
+
+    found, shown = Store(store), images(reinforced.shards)
+    assert found.promised().parsed_recipe().texts["vlm"].source == "a server"
+    teacher = Teacher(recipe.teachers["vit"], recipe.batch_size, torch.device("cpu"))
+    for shard in found.shards():
+        good = found.read(shard, "status") == 0
+        texts, keys_of = found.read(shard, VLM), found.read(shard, "key")
+        embedded = found.read(shard, "text/vlm/vit")
+        for row in np.flatnonzero(good):
+            wanted = seen(shown[shard, keys_of[row]])
+            assert texts[:, row].tolist() == [f"{wanted} take 0", f"{wanted} take 1"]
+            [alone] = teacher.encode_texts([texts[1, row]])
+            assert np.abs(alone.astype(float) - embedded[1, row].astype(float)).max() < 0.01
+        assert texts[:, ~good].tolist() == 2 * [[""] * int((~good).sum())]
+    assert before == {name: found.read("00000", name).tobytes() for name in before}
+
+    config = TrainConfig(
+        student=reinforced.student, shards=reinforced.shards, store=store, text_sets=["vlm"], distill=0.5,
+        global_batch_size=8, steps=2, precision="fp32", workers=0, report_to=[],
+    )  # fmt: skip
+    assert fit(config, tmp_path / "run")["steps"] == 2
+
+
+def cli(*asked: str) -> Any:
+    done = CliRunner().invoke(app, [*asked, *(["--json"] if asked[0] == "import" else [])])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout) if asked[0] == "import" else done.stdout
+
+
+def test_keys_say_where_images_lie(reinforced: Reinforced) -> None:
+    told = list(export_keys(reinforced.store, reinforced.shards))
+    shown = images(reinforced.shards)
+    assert len(told) == 32 and {(row["shard"], row["key"]) for row in told} <= shown.keys()
+    for row in told:
+        with open(row["tar"], "rb") as tar:
+            tar.seek(row["offset"])
+            assert tar.read(row["length"]) == shown[row["shard"], row["key"]]
+    assert all(row["caption"] for row in told)
+    assert len(cli("export", "keys", reinforced.store, "--shards", reinforced.shards).splitlines()) == 32
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
+def test_any_form_and_order(reinforced: Reinforced, store: str, tmp_path: Path, form: str) -> None:
+    rows = [
+        {"shard": row["shard"], "key": row["key"], "captions": [f"{row['key']} {i}" for i in range(1 + n % 3)]}
+        for n, row in enumerate(export_keys(store, reinforced.shards))
+    ]
+    left_out, stranger = rows.pop(4), {"shard": "00000", "key": "nobody", "captions": ["x"]}
+    path = tmp_path / f"captions.{form}"
+    write(path, [stranger, *reversed(rows)])
+    report = import_captions(path, store, "vlm", source="us")
+    assert (report.num_captions, report.without_caption, report.without_image) == (3, 1, 1)
+    wanted = {(row["shard"], row["key"]): row["captions"] for row in rows}
+    found = Store(store)
+    for shard in found.shards():
+        texts, keys = found.read(shard, VLM), found.read(shard, "key")
+        own = found.read(shard, "text/original/caption", 0)
+        for row, key in enumerate(keys):
+            if (shard, key) in wanted:
+                given = wanted[shard, key]
+                assert texts[:, row].tolist() == [given[i % len(given)] for i in range(3)]
+            elif (shard, key) == (left_out["shard"], left_out["key"]):
+                assert texts[:, row].tolist() == [own[row]] * 3
+    again = import_captions(path, store, "vlm", source="us")
+    assert again == report
+    write(path, rows)
+    with pytest.raises(ManifestMismatch):
+        import_captions(path, store, "vlm", source="us")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def test_rows_of_one_key_add_up_and_a_number_can_be_asked_for(store: str, tmp_path: Path) -> None:
+    keys = Store(store).read("00000", "key")
+    rows = [{"key": keys[0], "text": text} for text in ("one", " two\nwords ", "one", "")]
+    write(tmp_path / "a.jsonl", rows)
+    import_captions(tmp_path / "a.jsonl", store, "vlm", num=3)
+    assert Store(store).read("00000", VLM)[:, 0].tolist() == ["one", "two words", "one"]
+
+
+def test_a_shard_whose_captions_are_not_there_is_refused(reinforced: Reinforced, store: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"key": Store(store).read("00000", "key")[0], "text": "one"}])
+    import_captions(tmp_path / "a.jsonl", store, "vlm")
+    Store(store).remove("00002", VLM)
+    report = driver.run(
+        reinforced.shards, store, Store(store).promised().parsed_recipe(), RunOptions(workers="0", max_invalid=1)
+    )
+    assert report.done == 2 and "no captions of 'vlm' yet" in report.failed[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", b'{"key": "x"}', "row 1 has no `key` with one of caption, captions, text, texts"),
+        ("a.jsonl", b'{"caption": "x"}', "row 1 has no `key`"),
+        ("a.jsonl", b'{"key": 7, "caption": "x"}', "row 1 has no `key`"),
+        ("a.jsonl", b'{"key": "x", "caption": 7}', "holds something that is no text"),
+        ("a.jsonl", b'{"key": "x", "caption": "a"}\n{', "line 2, is no JSON"),
+        ("a.jsonl", b"", "holds no captions"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.parquet", b"no parquet", "cannot be read"),
+        ("a.csv", b"key,caption", "captions come in .jsonl, .jsonl.gz or .parquet"),
+    ],
+)
+def test_a_file_that_is_none_is_told(store: str, tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    before = Store(store).manifests
+    with pytest.raises(ConfigError, match=told):
+        import_captions(tmp_path / name, store, "vlm")
+    assert Store(store).manifests == before
+
+
+def test_what_is_wrong_with_the_request_is_told(reinforced: Reinforced, store: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"key": "x", "text": "one"}])
+    with pytest.raises(ConfigError, match="has a text set 'coca' already"):
+        import_captions(tmp_path / "a.jsonl", store, "coca")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        import_captions(tmp_path / "none.jsonl", store, "vlm")
+    write(tmp_path / "b.jsonl", [{"key": "x", "text": str(i)} for i in range(65)])
+    with pytest.raises(ConfigError, match="more than 64 captions"):
+        import_captions(tmp_path / "b.jsonl", store, "vlm")
+    with pytest.raises(ConfigError, match="'coca' names a captioner and an imported text set"):
+        Store(store).promised().parsed_recipe().but(texts={"coca": {"num_captions": 1, "sha256": "x"}})
