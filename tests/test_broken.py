@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import pytest
+
 from reinforce.check.info import info, quarantine
 from reinforce.config import Recipe, RunOptions
+from reinforce.data import tars
 from reinforce.data.shards import Status
+from reinforce.errors import ConfigError
 from reinforce.run import driver
-from tests import broken
+from tests import broken, tiny
+from train.config import TrainConfig
+from train.data.sources import source_of
 
 
 def test_a_folder_of_broken_tars(recipe: Recipe, tmp_path: Path) -> None:
@@ -35,3 +41,31 @@ def test_a_folder_of_broken_tars(recipe: Recipe, tmp_path: Path) -> None:
         if status != Status.GOOD
     )
     assert info(str(tmp_path / "s"))["quarantined"] == report.quarantined
+
+
+def test_a_refused_shard_says_what_is_wrong_with_its_samples(recipe: Recipe, tmp_path: Path) -> None:
+    """With counts, the first of each kind, and what to do; in text and in numbers."""
+    picture = tiny.picture(0)
+    cases: dict[str, tuple[list[tuple[str, bytes]], str, dict[str, int]]] = {
+        "dots": (
+            [("a b.0 (clean).jpg", picture), ("a b.0 (clean).txt", b"x")],
+            "rename the files",
+            {"missing_image": 1},
+        ),
+        "second": ([(f"{i}.input.jpg", picture) for i in range(3)], "rename the files", {"missing_image": 3}),
+        "apart": (
+            [(f"{i}.{ext}", part) for ext, part in (("jpg", picture), ("txt", b"x")) for i in range(2)],
+            "tar --sort=name",
+            {"duplicate_key": 2, "missing_caption": 2},
+        ),
+        "mute": ([("1.jpg", picture), ("1.json", b'{"title": "x"}')], "no captions in .json", {"missing_caption": 1}),
+    }
+    for name, (members, told, counts) in cases.items():
+        tars.write(str(tmp_path / f"{name}.tar"), members)
+        [failure] = driver.run(
+            str(tmp_path / f"{name}.tar"), str(tmp_path / name), recipe, RunOptions(workers="0", device="cpu")
+        ).failed
+        assert failure.quarantined == counts and told in failure.reason, failure
+        config = TrainConfig(shards=str(tmp_path / f"{name}.tar"), distill=0)
+        with pytest.raises(ConfigError, match=f"none can be used: .*{told}"):
+            source_of(config)

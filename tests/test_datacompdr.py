@@ -214,7 +214,8 @@ def test_images_in_tars_of_their_own_by_key_or_uid(tmp_path: Path) -> None:
     shards.write(str(tmp_path / "images/0.tar"), own)
     where = str(tmp_path / "records/0.tar"), str(tmp_path / "images/0.tar"), tmp_path / "store"
     refused = imported(*where)
-    assert "2 of 4 samples cannot be used ({'no_record': 1, 'other_size': 1})" in refused.failed[0].reason
+    assert "1 are no_record, as 003: no record of this key or uid; 1 are other_size" in refused.failed[0].reason
+    assert refused.failed[0].quarantined == {"no_record": 1, "other_size": 1}
     report = imported(*where, max_invalid=0.5)
     assert (report.valid, report.quarantined) == (2, {"no_record": 1, "other_size": 1})
     store = Store(str(tmp_path / "store"))

@@ -151,7 +151,8 @@ def read(shard: Shard, captioned: bool = True) -> Iterator[Sample]:
         try:
             if key in seen:
                 raise SampleError(
-                    Status.DUPLICATE_KEY, f"{key}: comes twice; give each sample one key, its files side by side"
+                    Status.DUPLICATE_KEY,
+                    f"{key}: comes twice; give each sample one key, its files side by side: tar --sort=name",
                 )
             parts = {extension: data for extension, (_, data) in members.items()}
             extension = _image(key, parts)
@@ -283,8 +284,11 @@ def _image(key: str, parts: dict[str, bytes]) -> str:
     for extension in IMAGES:
         if extension in parts:
             return extension
+    few = ", ".join([*parts][:4]) + (", .." if len(parts) > 4 else "")
+    dotted = next((name for name in parts if name.rpartition(".")[2] in IMAGES), None)
+    remedy = f"a key ends at the first dot, so that '{dotted}' is an extension: rename the files" if dotted else ""
     raise SampleError(
-        Status.MISSING_IMAGE, f"{key}: has no image, only {', '.join(parts)}; add one of {', '.join(IMAGES)}"
+        Status.MISSING_IMAGE, f"{key}: has no image, only {few}; {remedy or 'add one of ' + ', '.join(IMAGES)}"
     )
 
 

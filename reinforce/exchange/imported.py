@@ -136,14 +136,8 @@ def _import(
     for batch in batches(shard, made.rows, _AT_ONCE, recipe.num_original_captions > 0, pool):
         made.take(batch, pool)
     rows = made.rows
-    bad = [status for status in rows.statuses if status != Status.GOOD]
-    error = made.enlarged(shard)
-    if len(bad) > max_invalid * len(rows.keys):
-        of_kind = {status.reason: bad.count(status) for status in sorted(set(bad))}
-        error = f"{len(bad)} of {len(rows.keys)} samples cannot be used ({of_kind}); repair {shard.url}, or raise "
-        error += "--max-invalid"
-    quarantined = {status.reason: bad.count(status) for status in sorted(set(bad))}
-    report = ShardReport(shard.name, len(rows.keys), quarantined, seconds=time.monotonic() - start, error=error)
+    error = made.enlarged(shard) or rows.refusal(shard.url, max_invalid)
+    report = ShardReport(shard.name, len(rows.keys), rows.quarantined, seconds=time.monotonic() - start, error=error)
     if error:
         return report
     arrays = made.arrays()
@@ -200,7 +194,7 @@ class _Columns:
         hashed = pool.map(hashes, batch.rows, records, batch.pictures)
         for row, sample, record, pixels in zip(batch.rows, batch.samples, records, hashed, strict=True):
             if record is None or pixels is None:
-                self._leave_out(row, Status.OTHER_SIZE if record else Status.NO_RECORD)
+                self._leave_out(row, Status.OTHER_SIZE if record else Status.NO_RECORD, sample.key)
                 continue
             self.found[row] = (record, sample.repeated(self.recipe.num_original_captions), pixels)
             ends = (record.params[:, :2] + record.params[:, 2:4]).max(0) / self.rows.sizes[row]
@@ -271,6 +265,8 @@ class _Columns:
             and all(texts.shape[1] == record.image.shape[1] for texts in record.texts.values())
         )
 
-    def _leave_out(self, row: int, status: Status) -> None:
+    def _leave_out(self, row: int, status: Status, key: str) -> None:
         rows = self.rows
+        why = "a crop is not within it" if status == Status.OTHER_SIZE else "no record of this key or uid"
+        rows.details.setdefault(status, f"{key}: {why}")
         rows.statuses[row], rows.digests[row], rows.places[row] = status, 0, (0, 0)

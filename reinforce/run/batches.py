@@ -1,6 +1,6 @@
 """What the models take: a shard as batches of decoded pictures, a batch as views, made ahead of need in threads."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +27,27 @@ class Rows:
     places: list[tuple[int, int]] = field(default_factory=list)  # offset and length in the tar; 0, 0 where not good
     statuses: list[Status] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # height, width; 0, 0 where not decoded
+    details: dict[Status, str] = field(default_factory=dict)  # of the first sample in quarantine for that reason
+
+    @property
+    def quarantined(self) -> dict[str, int]:
+        """How many by reason."""
+        counts = Counter(status.reason for status in self.statuses if status != Status.GOOD)
+        return dict(sorted(counts.items()))
+
+    def refusal(self, url: str, max_invalid: float) -> str:
+        """Why a shard with so many bad samples is not written, or nothing."""
+        num_bad = sum(self.quarantined.values())
+        if num_bad <= max_invalid * len(self.keys):
+            return ""
+        reasons = "; ".join(
+            f"{self.quarantined[status.reason]} are {status.reason}, as {detail}"
+            for status, detail in sorted(self.details.items())
+        )
+        return (
+            f"{num_bad} of {len(self.keys)} samples are invalid, more than max_invalid={max_invalid:g} allows; repair "
+            f"{url} or raise --max-invalid: {reasons}"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,9 @@ def batches(shard: Shard, rows: Rows, batch_size: int, captioned: bool, pool: Ex
     batch = Batch()
     samples = shards.read(shard, captioned)
     while group := list(islice(samples, batch_size)):
-        for sample, (status, digest, picture) in zip(group, pool.map(_decode, group), strict=True):
+        for sample, (status, digest, picture, detail) in zip(group, pool.map(_decode, group), strict=True):
+            if status != Status.GOOD:
+                rows.details.setdefault(status, detail)
             rows.keys.append(sample.key)
             rows.digests.append(digest)
             rows.places.append((sample.offset, len(sample.image)) if picture else (0, 0))
@@ -104,10 +127,11 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
     return taken()
 
 
-def _decode(sample: Sample) -> tuple[Status, int, Image.Image | None]:
+def _decode(sample: Sample) -> tuple[Status, int, Image.Image | None, str]:
+    """Status, digest, picture, and what is wrong where something is."""
     if sample.status != Status.GOOD:
-        return sample.status, 0, None
+        return sample.status, 0, None, sample.detail
     try:
-        return Status.GOOD, shards.image_digest(sample.image), images.decode(sample.image)
+        return Status.GOOD, shards.image_digest(sample.image), images.decode(sample.image), ""
     except SampleError as error:
-        return Status(error.status), 0, None
+        return Status(error.status), 0, None, f"{sample.key}: {error}"

@@ -23,11 +23,13 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class Failure:
-    """A shard that is still not whole after so many tries."""
+    """A shard that is still not whole after so many tries. `quarantined` counts its bad samples by reason, where it was
+    read to its end."""
 
     shard: str
     attempts: int
     reason: str
+    quarantined: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -49,7 +51,7 @@ class RunReport:
     def add(self, report: ShardReport, attempts: int) -> None:
         """Count a shard's last report."""
         if report.error:
-            self.failed.append(Failure(report.shard, attempts, report.error))
+            self.failed.append(Failure(report.shard, attempts, report.error, report.quarantined))
             return
         self.done += 1
         self.samples += report.read

@@ -6,7 +6,6 @@ A worker that is given two shards at a time reads the one while it computes the 
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from reinforce import process
 from reinforce.config import ORIGINAL, Recipe, RunOptions
 from reinforce.data import augment, shards
-from reinforce.data.shards import Shard, Status
+from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, ManifestMismatch, ShardError
 from reinforce.models.captioner import Captioner
 from reinforce.models.device import card, device_fault, pick_device
@@ -110,17 +109,16 @@ class Worker:
                 if fault := device_fault(error):
                     raise fault from error
                 raise
-        refusal = work.refusal()
+        refusal = work.rows.refusal(shard.url, self.options.max_invalid)
         try:
             if not refusal and not work.commit(stamp):
                 return self.reinforce(shard)  # another writer's captions were first: embed those
         except ManifestMismatch as error:
             refusal = str(error)
-        quarantined = Counter(status.reason for status in work.rows.statuses if status != Status.GOOD)
         return ShardReport(
             shard.name,
             read=len(work.rows.keys),
-            quarantined=dict(sorted(quarantined.items())),
+            quarantined=work.rows.quarantined,
             empty_captions=work.empty_captions,
             columns_written=0 if refusal else len(work.wanted),
             seconds=time.monotonic() - start,
@@ -184,17 +182,6 @@ class _ShardWork:
                 self._texts(name, self._captions(name, batch, inputs))
         for name, views_of_set in views_ahead.items():
             self._views(name, batch, views_of_set, pool)
-
-    def refusal(self) -> str:
-        """Why this shard cannot be committed, or nothing."""
-        keys = self.rows.keys
-        num_read, num_bad = len(keys), len(keys) - len(self.good)
-        if num_bad > self.worker.options.max_invalid * num_read:
-            return (
-                f"{num_bad} of {num_read} samples are invalid, more than max_invalid="
-                f"{self.worker.options.max_invalid:g} allows; repair {self.shard.url} or raise --max-invalid"
-            )
-        return ""
 
     def commit(self, stamp: dict[str, int | str]) -> bool:
         """Write the wanted columns. Rows in quarantine hold NaN, 0 or an empty text.

@@ -208,19 +208,24 @@ class PlainSource:
         self.teachers: dict[str, TeacherFacts] = {}
         self.text_sets = [ORIGINAL]
         self.good_rows, self._sizes, self._captions = {}, {}, {}
-        self.num_skipped = 0
+        self.num_skipped, reasons = 0, dict[str, str]()
         with (
             Progress(len(listed), "shard", title="looking at the tars") as progress,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
             for shard in listed:
                 samples = list(pool.map(_looked_at, shards.read(shard)))
-                sizes = np.array([size for size, _ in samples], dtype=np.int32).reshape(-1, 2)
+                sizes = np.array([size for size, *_ in samples], dtype=np.int32).reshape(-1, 2)
                 self._sizes[shard.name] = sizes
-                self._captions[shard.name] = [captions for _, captions in samples]
+                self._captions[shard.name] = [captions for _, captions, _ in samples]
+                for reason, detail in (fault for *_, fault in samples if fault):
+                    reasons.setdefault(reason, detail)
                 self.good_rows[shard.name] = GoodRows.of(sizes[:, 0] > 0)
                 self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
                 progress.add()
+        if not any(map(len, self.good_rows.values())):
+            told = "; ".join(f"{reason}, as {detail}" for reason, detail in reasons.items())
+            raise ConfigError(f"{config.shards}: of {self.num_skipped} samples none can be used: {told}")
         self.fingerprint = _fingerprint("tars alone", self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
@@ -261,15 +266,15 @@ def _fingerprint(whole: str, good_rows: dict[str, GoodRows]) -> str:
     return digest.hexdigest()
 
 
-def _looked_at(sample: shards.Sample) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """Height and width, 0 where it cannot be used; captions."""
+def _looked_at(sample: shards.Sample) -> tuple[tuple[int, int], tuple[str, ...], tuple[str, str] | None]:
+    """Height and width, 0 where it cannot be used; captions; reason and detail where it cannot."""
     if sample.status != Status.GOOD:
-        return (0, 0), ()
+        return (0, 0), (), (sample.status.reason, sample.detail)
     try:
         picture = images.decode(sample.image)
-    except SampleError:
-        return (0, 0), ()
-    return (picture.height, picture.width), sample.captions
+    except SampleError as error:
+        return (0, 0), (), (Status(error.status).reason, f"{sample.key}: {error}")
+    return (picture.height, picture.width), sample.captions, None
 
 
 def _some(wanted: list[str] | None, there: list[str], what: str, url: str) -> list[str]:
