@@ -1,6 +1,6 @@
 """A whole shard, from its tar to committed columns, against its models alone, and against doing it sample by sample.
 
-    python -m benchmarks.shard [--images 128] [--serial 12] [--views 10] [--model samples|ViT-B-32] [--json]
+    python -m benchmarks.shard [--images 128] [--serial 12] [--views 10] [--batch 64] [--model samples|ViT-B-32]
 
   whole    the worker: tar, decoding, views, hashes, captions, embeddings, the store
   bare     the same forward passes and no more: towers on normalised tensors, texts as tokens, captions from ready
@@ -40,7 +40,7 @@ TAR = "samples/train/00000.tar"
 CAPTIONER = "local-dir:samples/models/coca"
 
 
-def recipe_of(model: str, num_views: int) -> Recipe:
+def recipe_of(model: str, num_views: int, batch: int) -> Recipe:
     names = ("local-dir:samples/models/teacher_vit", "local-dir:samples/models/teacher_conv")
     names = names if model == "samples" else (model, model)
     return Recipe(
@@ -48,7 +48,7 @@ def recipe_of(model: str, num_views: int) -> Recipe:
         teachers={f"t{i}": Teacher(model=name) for i, name in enumerate(names)},
         view_sets={"base": ViewSet(num_views=num_views, view_px=64 if model == "samples" else 224)},
         captioners={"coca": Captioner(model=CAPTIONER, num_captions=5, temperature=0.5)},
-        batch_size=64,
+        batch_size=batch,
         weights="pretrained" if model == "samples" else "random",
     )
 
@@ -127,8 +127,8 @@ def _caption(captioner: Any, picture: Image.Image, index: int) -> str:
     return coca.caption_text(tokens[0], tokenizer, tokenizer.sot_token_id, tokenizer.eot_token_id)
 
 
-def measured(folder: Path, model: str, num: int, num_serial: int, num_views: int) -> dict[str, float]:
-    recipe = recipe_of(model, num_views)
+def measured(folder: Path, model: str, num: int, num_serial: int, num_views: int, batch: int) -> dict[str, float]:
+    recipe = recipe_of(model, num_views, batch)
     num -= num % recipe.batch_size  # whole batches: a part of one costs as much
     samples = list(shards.read(Shard("00000", TAR)))[: num + recipe.batch_size]
     for name, part in (("warm", samples[num:]), ("whole", samples[:num])):
@@ -155,12 +155,13 @@ def main(
     num: Annotated[int, typer.Option("--images")] = 128,
     num_serial: Annotated[int, typer.Option("--serial")] = 12,
     num_views: Annotated[int, typer.Option("--views")] = 10,
+    batch: int = 64,
     model: str = "samples",
     json_: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Compare a whole shard with its models alone and with a plain generator."""
     with tempfile.TemporaryDirectory() as folder:
-        told = measured(Path(folder), model, num, num_serial, num_views)
+        told = measured(Path(folder), model, num, num_serial, num_views, batch)
     show(told, json_)
 
 

@@ -92,6 +92,8 @@ def test_status_numbers_are_part_of_the_format() -> None:
         "caption_not_utf8": 10,
         "caption_not_text": 11,
         "caption_json_broken": 12,
+        "no_record": 13,
+        "other_size": 14,
     }
 
 
