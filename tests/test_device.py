@@ -70,7 +70,7 @@ class Counter(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Two batches of `datacompdr_12m`, of 4 images, 2 views and 2 captions, on the device of no arithmetic: what was seen
+    """Two batches of `datacompdr_12m`, 4 images, 2 views, 2 captions, on the device of no arithmetic: what was seen
     while loading, in each call, and between calls."""
     folder = tmp_path_factory.mktemp("meta")
     whole: Recipe = load_recipe("datacompdr_12m")
