@@ -19,6 +19,7 @@ from reinforce.data.shards import expand
 from reinforce.models import frozen
 from reinforce.models.captioner import Captioner
 from reinforce.models.ensemble import Ensemble
+from reinforce.models.open_clip import open_clip
 from reinforce.recipes import load_recipe
 from reinforce.run import worker
 from reinforce.run.worker import Worker
@@ -68,6 +69,13 @@ class Counter(TorchDispatchMode):
         return func(*args, **kwargs) if parts is NotImplemented else parts
 
 
+def shallow(tree: Any) -> Any:
+    """A model's config with two layers in each tower."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: 2 if name == "layers" else shallow(node) for name, node in tree.items()}
+
+
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Two batches of `datacompdr_12m`, 4 images, 2 views, 2 captions, on the device of no arithmetic: what was seen
@@ -107,6 +115,8 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         ):
             whole_method = getattr(owner, method)
             patch.setattr(owner, method, lambda self, *args, m=whole_method, k=kind: told(k, m)(self, *args))
+        for name in ("ViT-L-14", "ViT-L-14-quickgelu", "coca_ViT-L-14"):  # what crosses does not depend on the depth
+            patch.setitem(open_clip.factory._MODEL_CONFIGS, name, shallow(open_clip.get_model_config(name)))
         create = frozen._create
 
         def nowhere(*args: Any) -> Any:
@@ -153,4 +163,4 @@ def test_nothing_is_waited_for_between(counted: dict[str, Any]) -> None:
 
 def test_no_weight_is_cast_after_loading(counted: dict[str, Any]) -> None:
     assert [seen.casts for _, seen in counted["calls"]] == [0] * len(counted["calls"])
-    assert counted["loading"].casts > 1000
+    assert counted["loading"].casts > 50
