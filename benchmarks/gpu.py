@@ -405,7 +405,6 @@ def _ways(frozen: FrozenModel, tower: str, inputs: Tensor) -> dict[str, Callable
     return ways
 
 
-@torch.inference_mode()
 def _tflop(frozen: FrozenModel, tower: str, inputs: Tensor) -> float:
     return tflop(getattr(frozen.model, f"encode_{tower}"), inputs)
 

@@ -77,7 +77,8 @@ def _export(
 ) -> int:
     """Gives how many samples were written."""
     good = np.flatnonzero(store.read(shard.name, STATUS) == Status.GOOD)
-    rendered = pool.map(lambda record: datacompdr.render(record, embeddings), _stored(store, manifest, shard, view_set))
+    records = _stored(store, manifest, shard, view_set, good)
+    rendered = pool.map(lambda record: datacompdr.render(record, embeddings), records)
     keys = store.read(shard.name, KEY)[good].tolist()
     digests = store.read(shard.name, DIGEST)[good].tolist() if DIGEST in manifest.columns() else len(keys) * [None]
     captions = store.read(shard.name, Column("text", ORIGINAL, "caption"), 0)[good].tolist()
@@ -111,10 +112,9 @@ def _images(shard: Shard, wanted: set[str]) -> Iterator[tuple[str, str, bytes]]:
             yield key, extension, parts[extension]
 
 
-def _stored(store: Store, manifest: Manifest, shard: Shard, view_set: str) -> Iterator[Record]:
-    """The record of every good sample, in order."""
+def _stored(store: Store, manifest: Manifest, shard: Shard, view_set: str, good: np.ndarray) -> Iterator[Record]:
+    """The records of the rows `good`, in order."""
     recipe = manifest.parsed_recipe()
-    good = np.flatnonzero(store.read(shard.name, STATUS) == Status.GOOD)
 
     def column(kind: str, name: str, part: str) -> np.ndarray:
         """(good, items, ..)"""

@@ -94,7 +94,11 @@ class FrozenModel:
         """What decides the tokens of a text. No two models with prompts have it in common."""
         text_cfg = _model_cfg(self.name)["text_cfg"]
         settings = {name: value for name, value in text_cfg.items() if "token" in name or name == "context_length"}
-        return _hash([settings, _vocabulary(self.tokenizer), self.prompts and self.digest])
+        return _hash([settings, self._words, self.prompts and self.digest])
+
+    @functools.cached_property
+    def _words(self) -> str:
+        return _hash(_vocabulary(self.tokenizer))
 
     def describe(self) -> dict[str, Any]:
         """What about this model decides the bytes it writes."""
@@ -110,7 +114,7 @@ class FrozenModel:
             "context_length": self.tokenizer.context_length,
             "architecture": _hash(_model_cfg(self.name)),
             "preprocessing": _hash({k: self.preprocess_cfg.get(k) for k in ("interpolation", "resize_mode")}),
-            "vocabulary": _hash(_vocabulary(self.tokenizer)),
+            "vocabulary": self._words,
         }
 
 

@@ -10,6 +10,7 @@ Inside, tensors are (B, H, W, C). Convolutions see them as channels-last (B, C, 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ EXPANSION = 2  # of a state-space block, in widths
 
 @dataclass(frozen=True)
 class Stage:
-    """`depth` blocks of one kind, `convolution` or `ssd`, at `width` channels."""
+    """`depth` blocks of one kind, `convolution`, `ssd` or, in mamba_v1.py, `attention`, at `width` channels."""
 
     kind: str
     width: int
@@ -130,17 +131,18 @@ class MambaEncoder(nn.Module):
     def __init__(
         self,
         stages: list[Stage],
-        num_states: int,
-        head_width: int,
+        block: Callable[[Stage, int, float], nn.Module],
+        activation: type[nn.Module] = nn.SiLU,
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
     ) -> None:
+        """`block` makes that of a stage, of an index in it, with a rate of dropped paths. `activation`: the stem's."""
         super().__init__()
         self.stride = 2 ** (1 + len(stages))
         self.grad_checkpointing = False
         width = stages[0].width
         self.stem = nn.Sequential(
-            Conv(3, width // 2, 3, stride=2, padding=1), nn.SiLU(), Conv(width // 2, width, 3, stride=2, padding=1)
+            Conv(3, width // 2, 3, stride=2, padding=1), activation(), Conv(width // 2, width, 3, stride=2, padding=1)
         )
         last = max(sum(stage.depth for stage in stages) - 1, 1)
         rates = iter([drop_path_rate * index / last for index in range(last + 1)])
@@ -149,17 +151,11 @@ class MambaEncoder(nn.Module):
             if number:
                 layers += [nn.LayerNorm(width), Conv(width, stage.width, 3, stride=2, padding=1)]
                 width = stage.width
-            for index in range(stage.depth):
-                rate = next(rates)
-                if stage.kind == "convolution":
-                    layers.append(Local(width))
-                else:
-                    mixer = SSDMixer(width, EXPANSION * width, num_states, head_width, by_columns=index % 2 == 1)
-                    layers.append(MambaBlock(width, mixer, rate))
+            layers += [block(stage, index, next(rates)) for index in range(stage.depth)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
-        zero_biases(self)
+        _zero_biases(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -172,7 +168,17 @@ class MambaEncoder(nn.Module):
         return features
 
 
-def zero_biases(encoder: nn.Module) -> None:
+def _blocks(num_states: int, head_width: int) -> Callable[[Stage, int, float], nn.Module]:
+    def block(stage: Stage, index: int, drop_path: float) -> nn.Module:
+        if stage.kind == "convolution":
+            return Local(stage.width)
+        inner, by_columns = EXPANSION * stage.width, index % 2 == 1
+        return MambaBlock(stage.width, SSDMixer(stage.width, inner, num_states, head_width, by_columns), drop_path)
+
+    return block
+
+
+def _zero_biases(encoder: nn.Module) -> None:
     """So that features begin apart. torch's random biases are the same for every image, and no BatchNorm takes them
     away again: with them all images begin at nearly one point (mean cosine .95 to .99, without them .4 to .6), where
     a training can be caught (docs/results/start.md). What Mamba-2 starts its steps and decays with stays."""
@@ -189,18 +195,18 @@ def zero_biases(encoder: nn.Module) -> None:
 def mamba2_tiny(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
     """For 64 px on a CPU: state spaces on 8x8 and on 4x4 tokens."""
     stages = [Stage("convolution", 48, 1), Stage("ssd", 96, 3), Stage("ssd", 160, 3)]
-    return MambaEncoder(stages, 16, 32, num_classes, drop_path_rate)
+    return MambaEncoder(stages, _blocks(16, 32), num_classes=num_classes, drop_path_rate=drop_path_rate)
 
 
 @register_model
 def mamba2_mini(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
     """For 256 px, in half the time of MobileCLIP's MCi0: state spaces on 16x16 and on 8x8 tokens."""
     stages = [Stage("convolution", 40, 1), Stage("convolution", 80, 2), Stage("ssd", 192, 4), Stage("ssd", 512, 4)]
-    return MambaEncoder(stages, 32, 64, num_classes, drop_path_rate)
+    return MambaEncoder(stages, _blocks(32, 64), num_classes=num_classes, drop_path_rate=drop_path_rate)
 
 
 @register_model
 def mamba2_small(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
     """For 256 px and more, in half the time of MCi1: state spaces on 16x16 and on 8x8 tokens."""
     stages = [Stage("convolution", 48, 1), Stage("convolution", 96, 2), Stage("ssd", 256, 5), Stage("ssd", 640, 5)]
-    return MambaEncoder(stages, 32, 64, num_classes, drop_path_rate)
+    return MambaEncoder(stages, _blocks(32, 64), num_classes=num_classes, drop_path_rate=drop_path_rate)

@@ -5,28 +5,17 @@ What is in mamba.py learns more in half the time (docs/results/encoder.md). Insi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.models import register_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from train.students.mamba import Conv, SSDMixer, depthwise, zero_biases
+from train.students.mamba import MambaEncoder, SSDMixer, Stage, depthwise
 
 HEAD_WIDTH = 32
 MLP_RATIO = 3
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`depth` blocks of one kind, `convolution`, `ssd` or `attention`, at `width` channels."""
-
-    kind: str
-    width: int
-    depth: int
 
 
 class AttentionMixer(nn.Module):
@@ -65,61 +54,31 @@ class Block(nn.Module):
         return x
 
 
-class FirstMambaEncoder(nn.Module):
-    """Images (B, 3, H, W), sides multiples of `stride`, to features (B, num_classes), as timm's models do.
+def _blocks(num_states: int) -> Callable[[Stage, int, float], nn.Module]:
+    def block(stage: Stage, index: int, drop_path: float) -> nn.Module:
+        width = stage.width
+        mixer: nn.Module | None = None
+        if stage.kind == "ssd":
+            mixer = SSDMixer(width, width, num_states, HEAD_WIDTH, by_columns=index % 2 == 1)
+        elif stage.kind == "attention":
+            mixer = AttentionMixer(width)
+        return Block(width, mixer, drop_path)
 
-    The stem works at a stride of 4; every stage after the first halves the sides.
-    """
-
-    def __init__(self, stages: list[Stage], num_states: int, num_classes: int = 1000, drop_path_rate: float = 0.0):
-        super().__init__()
-        self.stride = 2 ** (1 + len(stages))
-        self.grad_checkpointing = False
-        width = stages[0].width
-        self.stem = nn.Sequential(
-            Conv(3, width // 2, 3, stride=2, padding=1), nn.GELU(), Conv(width // 2, width, 3, stride=2, padding=1)
-        )
-        mixers: dict[str, Callable[[int, int], nn.Module | None]] = {
-            "convolution": lambda width, index: None,
-            "ssd": lambda width, index: SSDMixer(width, width, num_states, HEAD_WIDTH, by_columns=index % 2 == 1),
-            "attention": lambda width, index: AttentionMixer(width),
-        }
-        last = max(sum(stage.depth for stage in stages) - 1, 1)
-        rates = [drop_path_rate * index / last for index in range(last + 1)]
-        layers: list[nn.Module] = []
-        for number, stage in enumerate(stages):
-            if number:
-                layers += [nn.LayerNorm(width), Conv(width, stage.width, 3, stride=2, padding=1)]
-                width = stage.width
-            layers += [Block(width, mixers[stage.kind](width, index), rates.pop(0)) for index in range(stage.depth)]
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
-        zero_biases(self)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(images.permute(0, 2, 3, 1))
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpointing else layer(x)
-        features: Tensor = self.head(self.norm(x).mean((1, 2)))
-        return features
+    return block
 
 
 # The other settings are timm's: pooling, which is the mean here, and downloads, of which there are none.
 
 
 @register_model
-def mamba_tiny(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> FirstMambaEncoder:
+def mamba_tiny(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
     """For 64 px on a CPU: state spaces on 8x8 tokens, attention on 4x4."""
     stages = [Stage("convolution", 48, 1), Stage("ssd", 96, 2), Stage("attention", 160, 2)]
-    return FirstMambaEncoder(stages, 16, num_classes, drop_path_rate)
+    return MambaEncoder(stages, _blocks(16), nn.GELU, num_classes, drop_path_rate)
 
 
 @register_model
-def mamba_small(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> FirstMambaEncoder:
+def mamba_small(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
     """MCi1's size, for 256 px and more: state spaces on 16x16 tokens, attention on 8x8."""
     stages = [
         Stage("convolution", 64, 2),
@@ -127,4 +86,4 @@ def mamba_small(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings
         Stage("ssd", 320, 10),
         Stage("attention", 512, 3),
     ]
-    return FirstMambaEncoder(stages, 32, num_classes, drop_path_rate)
+    return MambaEncoder(stages, _blocks(32), nn.GELU, num_classes, drop_path_rate)

@@ -234,8 +234,9 @@ def _both_ways(scan: Callable[..., Tensor], x: Tensor, dt: Tensor, A: Tensor, B:
 
 def ssd_product(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """`ssd` as one masked product, `((C B^T) o decays) (dt x)`: quadratic in L, without a scan."""
-    decays = _decays(_log_decays(dt, A).transpose(1, 2))  # (b, H, L, L)
-    weights = (C @ B.mT).unsqueeze(1) * decays
+    log_decays = _log_decays(dt, A).transpose(1, 2)  # (b, H, L)
+    until = _running_sum(log_decays)  # with itself
+    weights = (C @ B.mT).unsqueeze(1) * _decays(until, until - log_decays)  # (b, H, L, L)
     inputs = (x * dt.unsqueeze(-1)).transpose(1, 2)  # (b, H, L, P)
     return (weights.to(x.dtype) @ inputs.to(x.dtype)).transpose(1, 2)
 
@@ -248,11 +249,11 @@ def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: in
     length, num_states = x.shape[1], B.shape[-1]
     x, dt, B, C = (_chunked(t, -length % chunk, chunk) for t in (x, dt, B, C))  # (b, chunks, chunk, ..)
     log_decays = _log_decays(dt, A).transpose(2, 3)  # (b, chunks, H, chunk)
-    until = _running_sum(log_decays, -1)  # with itself
+    until = _running_sum(log_decays)  # with itself
     before, total = until - log_decays, until[..., -1:]
     inputs = (x * dt.unsqueeze(-1)).transpose(2, 3).contiguous()  # (b, chunks, H, chunk, P)
     B, C = B.unsqueeze(2), C.unsqueeze(2)  # for all heads
-    near = ((C @ B.mT) * _decays(log_decays)).to(x.dtype) @ inputs.to(x.dtype)
+    near = ((C @ B.mT) * _decays(until, before)).to(x.dtype) @ inputs.to(x.dtype)
     into = _both(B, total - until, before)
     handed_on = inputs.mT @ into.to(inputs.dtype)  # (b, chunks, H, P, 2 N)
     whole = total.exp().unsqueeze(-1)
@@ -263,14 +264,13 @@ def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: in
     return y.transpose(2, 3).flatten(1, 2)[:, :length]
 
 
-def _decays(log_decays: Tensor) -> Tensor:
-    """(.., L) -> (.., L, L): what is left at i of what came at j, on both sides of the diagonal.
+def _decays(until: Tensor, before: Tensor) -> Tensor:
+    """(.., L, L): what is left at i of what came at j, on both sides of the diagonal. `until` and `before` (.., L) are
+    sums of the log-decays up to each place, with its own and without.
 
     Forwards the exponent is the sum of log-decays over j < k <= i, backwards over i <= k < j. A pair lies on one side
     of the diagonal, so both are one exponential; on the other side each of the two is positive, and would overflow.
     """
-    until = _running_sum(log_decays, -1)  # with itself
-    before = until - log_decays
     forwards = until.unsqueeze(-1) - until.unsqueeze(-2)
     backwards = before.unsqueeze(-2) - before.unsqueeze(-1)
     past = torch.ones(forwards.shape[-2:], dtype=torch.bool, device=until.device).tril()
@@ -297,11 +297,11 @@ def _carried(states: Tensor, decays: Tensor) -> Tensor:
     return torch.stack(carried, 1)
 
 
-def _running_sum(x: Tensor, dim: int) -> Tensor:
-    """`x.cumsum(dim)`. The compiler of torch 2.11 fails on that one on CUDA (`SplitScan`: docs/results/gpu.md)."""
+def _running_sum(x: Tensor) -> Tensor:
+    """`x.cumsum(-1)`. The compiler of torch 2.11 fails on that one on CUDA (`SplitScan`: docs/results/gpu.md)."""
     if x.is_cuda and torch.compiler.is_compiling():
-        return running_sum_by_doubling(x, dim)
-    return x.cumsum(dim)
+        return running_sum_by_doubling(x, -1)
+    return x.cumsum(-1)
 
 
 def running_sum_by_doubling(x: Tensor, dim: int) -> Tensor:
