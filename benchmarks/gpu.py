@@ -5,9 +5,11 @@
     card        versions, and the card's own ceilings: a large bfloat16 product, a copy from memory to memory
     scans       SSD as product, in chunks and by mamba-ssm's Triton kernel against its definition: values, gradients, ms
     run         `clip-reinforce run` without Ray: two teachers of random weights, no captioner, a few hundred pictures
-    pipeline    the same work in this process with 2, 4 and 8 threads: images a second, what is waited for; same bytes?
-    teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32
+    pipeline    the same work in this process by number of threads, then captions and their embeddings too: images a
+                second, what is waited for; same bytes?
+    teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32; which kernels take it
     captions    CoCa: first call, cached decoding under autocast and with weights held, open_clip's way
+    losses      of a large batch, forwards and backwards, against whole matrices
     latency     NAME, a student: batch 1 and 256, eager and compiled, by train.latency
     training    a step of a student in bfloat16 from the store of `run`, against one without teachers
     table       what the steps said, in lines
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -38,9 +40,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import coca, kernels, price
+from benchmarks import coca, kernels, losses, price
 from benchmarks.augment import jpeg, photograph
+from reinforce.check.plan import tflop_by_stage
 from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data import shards
 from reinforce.models.device import card, pick_device
@@ -79,12 +83,14 @@ class Sizes:
     random: bool = True
     views: int = 10
     view_px: int = 224
-    tars: int = 3
-    threads: tuple[int, ...] = (2, 4, 8)
+    tars: int = 2
+    batches: int = 2  # of each tar
+    threads: tuple[int, ...] = (4, 8, 14)
     captioner: str = "coca_ViT-L-14"
     captions: int = 5
     caption_tokens: int = 30
-    captions_as_open_clip: int = 32  # images
+    captions_as_open_clip: int = 64  # images
+    loss_batches: tuple[int, ...] = (8192, 32768)
     student_batches: tuple[int, ...] = (256, 1)
     student: str = "mamba_small"
     student_batch: int = 64
@@ -103,12 +109,13 @@ SMALL = Sizes(
     teachers=tuple(f"local-dir:{MODELS / name}" for name in ("teacher_vit", "teacher_conv")),
     views=2,
     view_px=64,
-    tars=2,
+    batches=1,
     threads=(1, 2),
     captioner=f"local-dir:{MODELS / 'coca'}",
     captions=2,
     caption_tokens=6,
     captions_as_open_clip=2,
+    loss_batches=(512,),
     student_batches=(1, 2),
     student="mamba_tiny",
     student_batch=8,
@@ -236,24 +243,37 @@ def _narrow(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t.to(torch.float32 if i in wide else dtype) for i, t in enumerate(inputs)]
 
 
-def recipe(sizes: Sizes) -> Recipe:
+def recipe(sizes: Sizes, captioned: bool = False) -> Recipe:
     return Recipe(
         name="gpu",
         teachers={f"t{i}": Teacher(model=model) for i, model in enumerate(sizes.teachers)},
         view_sets={"base": ViewSet(num_views=sizes.views, view_px=sizes.view_px)},
-        captioners={},
+        captioners={"coca": captioner(sizes)} if captioned else {},
         batch_size=sizes.batch,
         weights="random",
     )
 
 
+def captioner(sizes: Sizes) -> Captioner:
+    """Its captions run to their full length, as random weights would not end them anyhow."""
+    tokens = sizes.caption_tokens
+    return Captioner(
+        model=sizes.captioner,
+        num_captions=sizes.captions,
+        max_tokens=tokens,
+        min_tokens=tokens,
+        precision="bf16",
+    )
+
+
 def pictures(work: Path, sizes: Sizes) -> str:
-    """Tars of one batch each, of drawn pictures of 375 x 500 pixels. Written once."""
+    """Tars of drawn pictures of 375 x 500 pixels. Written once."""
     if not (done := work / "pictures.done").is_file():
         (work / "tars").mkdir(parents=True, exist_ok=True)
+        num = sizes.batches * sizes.batch
         for tar in range(sizes.tars):
-            with ThreadPoolExecutor(8) as pool:
-                made = list(pool.map(_drawn, range(tar * sizes.batch, (tar + 1) * sizes.batch)))
+            with ProcessPoolExecutor(8) as pool:
+                made = list(pool.map(_drawn, range(tar * num, (tar + 1) * num), chunksize=8))
             samples = [(f"{i:06d}", {"jpg": jpg, "txt": b"a drawn picture"}) for i, jpg in enumerate(made)]
             shards.write(str(work / f"tars/{tar:05d}.tar"), [(f"{tar}-{key}", parts) for key, parts in samples])
         done.touch()
@@ -291,67 +311,66 @@ def run(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda
 
 @app.command()
 def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda") -> None:
-    """One worker, loaded once, and a store for each number of threads."""
+    """One worker, loaded once, and a store for each number of threads; then one with a captioner."""
     answer, sizes, place, _ = begin("pipeline", out, small, device)
     work = out / "work"
     listed = shards.expand(pictures(work, sizes))
-    before = time.monotonic()
-    worker = Worker(recipe(sizes), str(work / "stores/0"), RunOptions(workers="0", device=place.type))  # type: ignore[arg-type]
-    answer.add(**card(place), loading_s=time.monotonic() - before, images=sizes.tars * sizes.batch, views=sizes.views)
-    spent: dict[str, float] = {}
-    together: Any = worker.ensemble
-    together.encode_images = _counted(together.encode_images, spent, "image_towers_s")
-    together.encode_texts = _counted(together.encode_texts, spent, "text_towers_s")
-    work_tflop = _view_tflop(worker) * sizes.views * sizes.tars * sizes.batch
-    answer.add(image_tower_tflop=work_tflop)
-    for threads in (sizes.threads[-1], *sizes.threads):  # the first warms up
-        spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0}
-        worker.threads = threads
-        folder = work / f"stores/{threads}"
-        worker.store = Store(str(folder))
-        worker.store.promise(worker.manifest)
-        for shard in worker.store.shards():
-            worker.store.objects.remove_folder(shard)
-        start = time.monotonic()
-        with ThreadPoolExecutor(worker.options.shards_in_flight) as pool:
-            reports = list(pool.map(worker.reinforce, listed))
-        seconds = time.monotonic() - start
-        read = sum(report.read for report in reports)
-        row: dict[str, Any] = {"threads": threads, "seconds": seconds, "images_per_s": read / seconds, **spent}
-        row["without_towers_s"] = seconds - sum(spent.values())  # decoding, views and writing that nothing hid
-        row["share_of_product"] = work_tflop / seconds / ceiling(out)
-        row |= {"errors": [report.error for report in reports if report.error], "sha256": bytes_of(folder)}
-        answer.add(rows=[row])
+    num_images = sizes.tars * sizes.batches * sizes.batch
+    answer.add(**card(place), images=num_images, views=sizes.views, captions=sizes.captions)
+    for captioned in (False, True):
+        before = time.monotonic()
+        options = RunOptions(workers="0", device=place.type)  # type: ignore[arg-type]
+        worker = Worker(recipe(sizes, captioned), str(work / f"stores/{captioned}"), options)
+        spent: dict[str, float] = {}
+        together: Any = worker.ensemble
+        together.encode_images = _counted(together.encode_images, spent, "image_towers_s")
+        together.encode_texts = _counted(together.encode_texts, spent, "text_towers_s")
+        for writer in worker.captioners.values():
+            asked: Any = writer
+            asked.caption = _timed(asked.caption, spent, "captions_s")
+        work_tflop = num_images * sum(of["tflop"] for of in tflop_by_stage(worker, set(worker.columns)).values())
+        answer.add(loading_s=[time.monotonic() - before], tflop=[work_tflop])
+        # The first number is that of a call that warms up.
+        for threads in (sizes.threads[-1], *sizes.threads) if not captioned else (worker.threads,):
+            spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0, "captions_s": 0.0}
+            worker.threads = threads
+            folder = work / f"stores/{captioned}-{threads}"
+            worker.store = Store(str(folder))
+            worker.store.promise(worker.manifest)
+            for shard in worker.store.shards():
+                worker.store.objects.remove_folder(shard)
+            start = time.monotonic()
+            with ThreadPoolExecutor(worker.options.shards_in_flight) as pool:
+                reports = list(pool.map(worker.reinforce, listed))
+            seconds = time.monotonic() - start
+            row: dict[str, Any] = {"captioned": captioned, "threads": threads, "seconds": seconds, **spent}
+            row["images_per_s"] = num_images / seconds
+            row["without_models_s"] = seconds - sum(spent.values())  # decoding, views and writing that nothing hid
+            row["share_of_product"] = work_tflop / seconds / ceiling(out)
+            row |= {"errors": [report.error for report in reports if report.error], "sha256": bytes_of(folder)}
+            answer.add(rows=[row])
     made = out / "run.json"
     other = json.loads(made.read_text()).get("sha256") if made.is_file() else None
-    hashes = {row["sha256"] for row in answer.facts["rows"]}
+    hashes = {row["sha256"] for row in answer.facts["rows"] if not row["captioned"]}
     answer.add(one_process_gives_the_same_bytes=len(hashes) == 1, another_process_too=hashes == {other})
 
 
-def _counted(function: Callable[..., Answers], spent: dict[str, float], name: str) -> Callable[..., Answers]:
-    """Adds up how long the host asks for answers and waits for them."""
+def _timed(function: Callable[..., Any], spent: dict[str, float], name: str) -> Callable[..., Any]:
+    """Adds up how long the host waits in a function."""
 
-    def timed(call: Callable[[], Any]) -> Any:
+    def timed(*args: Any) -> Any:
         start = time.monotonic()
-        result = call()
+        result = function(*args)
         spent[name] += time.monotonic() - start
         return result
 
-    def counted(*args: Any) -> Answers:
-        answers = timed(partial(function, *args))
-        return partial(timed, answers)
-
-    return counted
+    return timed
 
 
-def _view_tflop(worker: Worker) -> float:
-    """Of one view through all teachers."""
-    total = 0.0
-    for teacher in worker.teachers.values():
-        frozen = teacher.frozen
-        one = torch.zeros(1, 3, frozen.image_px, frozen.image_px, device=frozen.device, dtype=frozen.dtype)
-        total += _tflop(frozen, "image", one)
-    return total
+def _counted(function: Callable[..., Answers], spent: dict[str, float], name: str) -> Callable[..., Answers]:
+    """Of a function that gives answers, asking for them and waiting for them."""
+    asked = _timed(function, spent, name)
+    return lambda *args: _timed(asked(*args), spent, name)
 
 
 @app.command()
@@ -381,13 +400,26 @@ def teachers(out: OutOption, small: SmallOption = False, device: DeviceOption = 
                 except RuntimeError as error:  # the compiler's, out of memory among them
                     row["error"] = str(error)[:300]
                 answer.add(rows=[row])
+                if way == "held" and place.type == "cuda":
+                    answer.add(kernels=[{"model": row["model"], "tower": tower, "ms": kernel_ms(call)}])
+
+
+def kernel_ms(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of each kind of kernel of a call, the largest dozen."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    kinds = {event.key[:120]: event.self_device_time_total / 1e3 for event in seen.key_averages()}
+    return {name: round(kinds[name], 2) for name in sorted(kinds, key=lambda name: -kinds[name])[:12]}
 
 
 def _ways(frozen: FrozenModel, tower: str, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
     """The definition, float32, comes first."""
     method = f"encode_{tower}"
-    held = copy.deepcopy(frozen.model).to(torch.bfloat16)
-    narrow = inputs.bfloat16() if tower == "image" else inputs
+    narrowed = copy.deepcopy(frozen)
+    narrowed.hold()
+    held = narrowed.model
+    narrow = inputs.to(narrowed.dtype) if tower == "image" else inputs
 
     def autocast() -> Tensor:
         with frozen.autocast():
@@ -398,8 +430,10 @@ def _ways(frozen: FrozenModel, tower: str, inputs: Tensor) -> dict[str, Callable
     ways: dict[str, Callable[[], Tensor]] = {
         "float32": partial(getattr(frozen.model, method), inputs),
         "autocast": autocast,
-        "held": partial(getattr(held, method), narrow),
     }
+    if narrowed.dtype == torch.float32:  # of models with BatchNorm
+        return ways
+    ways["held"] = partial(getattr(held, method), narrow)
     if tower == "image":
         ways["held, compiled"] = partial(torch.compile(getattr(held, method), dynamic=False), narrow)
     return ways
@@ -413,13 +447,7 @@ def _tflop(frozen: FrozenModel, tower: str, inputs: Tensor) -> float:
 def captions(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda") -> None:
     """CoCa as it decodes today."""
     answer, sizes, place, _ = begin("captions", out, small, device)
-    config = Captioner(
-        model=sizes.captioner,
-        num_captions=sizes.captions,
-        max_tokens=sizes.caption_tokens,
-        min_tokens=sizes.caption_tokens,
-        precision="bf16",
-    )
+    config = captioner(sizes)
     before = time.monotonic()
     frozen = coca.load(config, place)
     answer.add(**card(place), loading_s=time.monotonic() - before, captions=sizes.captions, tokens=sizes.caption_tokens)
@@ -431,6 +459,17 @@ def captions(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     answer.add(held={"cached": coca.measure(frozen, config, sizes.batch, 3, ["cached"])["cached"]})
     few = sizes.captions_as_open_clip
     answer.add(held_all_ways={"images": few} | coca.measure(frozen, config, few, 1))
+
+
+@app.command("losses")
+def losses_(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda") -> None:
+    """Two teachers of 768 numbers, a student of 512."""
+    answer, sizes, place, _ = begin("losses", out, small, device)
+    for batch in sizes.loss_batches:
+        try:
+            answer.add(rows=[losses.compare((batch, 512, 2, 768, place.type), sizes.repeats)])
+        except torch.OutOfMemoryError as error:
+            answer.add(rows=[{"batch": batch, "error": str(error)[:300]}])
 
 
 @app.command("latency")

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What only a GPU can say, in one call of about ten minutes; benchmarks/gpu.py says what each step is, and
+# What only a GPU can say, in one call of about twelve minutes; benchmarks/gpu.py says what each step is, and
 # docs/results/gpu.md what was seen.
 #
 #     sh benchmarks/gpu.sh [--small] [FOLDER]      answers as FOLDER/STEP.json (default: gpu), logs beside them
@@ -9,7 +9,7 @@
 # of that round are in FOLDER/first and are disturbed by each other. Needs CUDA's torch; mamba-ssm's source on PYTHONPATH
 # is enough for its Triton kernels, which run untuned here: to tune them took over a minute for each type of numbers.
 # --small rehearses everything on a CPU, in small, and compiles nothing; its students are timed once.
-small= slack=1 device=cuda students="mamba_small:256 mobileclip_s1:256 vit_b_16:224"
+small= slack=1 device=cuda students="mamba_small:256 mobileclip_s1:256 mamba_mini:256 mobileclip_s0:256 vit_b_16:224"
 compiled=$students
 if [ "$1" = --small ]; then
     small=--small slack=5 device=cpu students="mamba_tiny:64" compiled= OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
@@ -45,11 +45,12 @@ for pid in $waiting; do wait "$pid"; done
 
 step 90 "$out" scans scans
 step 100 "$out" teachers teachers
-step 90 "$out" pipeline pipeline
+step 150 "$out" pipeline pipeline
 for student in $students; do
     name=${student%:*}
     step 60 "$out" "latency-$name" latency "$name" --size "${student#*:}"
 done
 step 60 "$out" training training
-step 150 "$out" captions captions
+step 60 "$out" losses losses
+step 90 "$out" captions captions
 "$PYTHON" -m benchmarks.gpu table --out "$out"

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.models import device, graph
+from reinforce.models import frozen as frozen_module
 from reinforce.models.frozen import FrozenModel
+from reinforce.models.open_clip import open_clip
 from reinforce.models.teacher import Teacher
 from reinforce.run import worker
 from reinforce.run.worker import Worker
@@ -56,6 +58,21 @@ def test_batch_norms_and_float32_stay_as_they_are(recipe: Recipe, name: str, pre
     assert {weight.dtype for weight in frozen.model.parameters()} == {torch.float32}
     with frozen.autocast():
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+
+
+def test_quick_gelu_is_silu_between_other_weights() -> None:
+    torch.manual_seed(0)
+    block = open_clip.transformer.ResidualAttentionBlock(16, 2, act_layer=open_clip.transformer.QuickGELU).double()
+    x = 3 * torch.randn(64, 16, dtype=torch.float64)
+    expected = block.mlp(x)
+    frozen_module._quick_gelu_as_silu(block.mlp)
+    assert isinstance(block.mlp.gelu, torch.nn.SiLU)
+    assert torch.allclose(block.mlp(x), expected, rtol=0, atol=1e-12) and float(expected.std()) > 0.1
+    plain = open_clip.transformer.ResidualAttentionBlock(16, 2)
+    weights = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    frozen_module._quick_gelu_as_silu(plain.mlp)
+    assert all(weight.equal(weights[name]) for name, weight in plain.state_dict().items())
+    assert isinstance(plain.mlp.gelu, torch.nn.GELU)
 
 
 class FakeGraph:

@@ -87,7 +87,7 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
         start = time.monotonic()
         worker = Worker(alone, f"{folder}/store", options.but(extend=False))
         load_s = time.monotonic() - start
-        stages = _stages(worker, missing)
+        stages = tflop_by_stage(worker, missing)
         tflop = sum(of["tflop"] for of in stages.values())
         if card:
             seconds, where = tflop / (CARDS[card] * UTILISATION), f"{card}, by FLOPs at {UTILISATION:.0%} of its rate"
@@ -182,7 +182,7 @@ def _expected_bytes(worker: Worker, missing: set[Column]) -> tuple[float, float]
     return of_sample, 2000.0 * len(missing)
 
 
-def _stages(worker: Worker, missing: set[Column]) -> dict[str, dict[str, float]]:
+def tflop_by_stage(worker: Worker, missing: set[Column]) -> dict[str, dict[str, float]]:
     """For each model TFLOP per sample."""
     recipe, stages = worker.recipe, dict[str, dict[str, float]]()
     for name, teacher in worker.teachers.items():

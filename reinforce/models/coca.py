@@ -65,6 +65,7 @@ class Decoder:
         self.model, self.config, self.sot, self.eot = model, config, sot, eot
         self._num_candidates = 256  # mostly enough, and 10 times cheaper than to sort the vocabulary
         self._state: _State | None = None
+        self._look: Callable[[Tensor], list[tuple[Tensor, Tensor]]] = self._see
         self._step: Callable[[Tensor], Tensor] = self._write_token
 
     @torch.inference_mode()
@@ -89,17 +90,25 @@ class Decoder:
 
     def _begin(self, images: Tensor, uniforms: np.ndarray) -> "_State":
         """Everything as it is before the first token."""
-        image_embs = self.model(images)["image_embs"]
-        memory = [_image_keys_values(block, image_embs) for block in self.model.text_decoder.cross_attn]
-        numbers = torch.from_numpy(uniforms)
-        if self._state is None or self._state.tokens.shape != numbers.shape:
+        numbers, state = torch.from_numpy(uniforms), self._state
+        if state and state.tokens.shape != numbers.shape:
+            state = None
+        if not state and self.graphs:
+            self._look = captured(self._see, images)
+        memory = self._look(images)
+        if not state:
             fixed = self.graphs or images.device.type != "cpu"
-            self._state = _State(self.model, memory, numbers.to(images.device), fixed)
+            state = self._state = _State(self.model, memory, numbers.to(images.device), fixed)
             self._step = self._write_token
             if self.graphs:
                 self._step = captured(self._write_token, self._state.positions[:1])
-        self._state.begin(memory, numbers, self.sot, self.model.pad_id)
-        return self._state
+        state.begin(memory, numbers, self.sot, self.model.pad_id)
+        return state
+
+    def _see(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the images for every cross-attention."""
+        image_embs = self.model(images)["image_embs"]
+        return [_image_keys_values(block, image_embs) for block in self.model.text_decoder.cross_attn]
 
     def _write_token(self, position: Tensor) -> Tensor:
         """Of every caption the token after that at `position` (1,). Gives which captions have ended, (B, C)."""

@@ -6,15 +6,17 @@ run in the same order, so that the bytes are the same.
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")  # a tensor, or a tree of them
 WARM_UP = 3  # calls in which kernels are chosen and loaded, which a capture cannot hold
 log = logging.getLogger(__name__)
 
 
-def captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+def captured(function: Callable[[Tensor], T], example: Tensor) -> Callable[[Tensor], T]:
     """`function` of tensors as `example`, which is on the GPU; what it gives is overwritten by the next call.
 
     A function that cannot be captured, because it waits for the GPU, is given back as it is, and the log says so.
@@ -34,7 +36,7 @@ def captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[
         log.warning("runs without a CUDA graph: %s", str(error).partition("\n")[0])
         return function
 
-    def replayed(given: Tensor) -> Tensor:
+    def replayed(given: Tensor) -> T:
         inputs.copy_(given)
         graph.replay()
         return outputs
