@@ -1,16 +1,20 @@
 """What a view costs: to draw, to replay, to hash; and torchvision's time for the same views of the same images.
 
     python -m benchmarks.augment [--json] [--views 300] [--rounds 7] [--view-px 224]
+    python -m benchmarks.augment --at-once 2
 
 Every round times ours and torchvision's one after the other, the first of them in turn, on one thread. A ratio is taken
 within a round, so that a machine that slows down slows both. Times are those of the CPU, whoever else is using it.
+`--at-once N` asks another question: how many views a second a worker gets from one thread, from N, and from N
+processes, by the clock, in turns; the cores must be idle.
 """
 
 import argparse
 import io
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -19,14 +23,18 @@ from PIL import Image
 
 from reinforce.config import ViewSet
 from reinforce.data import augment
+from reinforce.data.shards import Sample
 from reinforce.process import import_torchvision
+from reinforce.run.batches import Batch, View, views
+from reinforce.run.view_processes import ViewProcesses
+from reinforce.terminal import show
 
 import_torchvision()
 from torchvision.transforms import InterpolationMode, autoaugment  # noqa: E402
 from torchvision.transforms import functional as F  # noqa: E402
 
 SIZE = (375, 500)
-View = tuple[Image.Image, np.ndarray]
+Drawn = tuple[Image.Image, np.ndarray]  # a picture and parameters
 T = TypeVar("T")
 
 
@@ -63,9 +71,9 @@ def cpu_seconds(work: Callable[[T], object], views: Iterable[T]) -> float:
 def measure(num_views: int, num_rounds: int, view_px: int) -> dict[str, object]:
     view_set = ViewSet(view_px=view_px)
     images = [photograph(seed) for seed in range(10)]
-    views = [(images[i % 10], augment.draw(view_set, 0, "base", "key", i, SIZE)) for i in range(num_views)]
-    pixels = augment.replay(*views[0], SIZE, view_px)
-    works: dict[str, Callable[[View], object]] = {
+    many = [(images[i % 10], augment.draw(view_set, 0, "base", "key", i, SIZE)) for i in range(num_views)]
+    pixels = augment.replay(*many[0], SIZE, view_px)
+    works: dict[str, Callable[[Drawn], object]] = {
         "replay": lambda view: augment.replay(*view, SIZE, view_px),
         "torchvision": lambda view: by_torchvision(*view, view_px),
         "draw": lambda view: augment.draw(view_set, 0, "base", "key", 0, SIZE),
@@ -74,7 +82,7 @@ def measure(num_views: int, num_rounds: int, view_px: int) -> dict[str, object]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for num_round in range(num_rounds):
         for name in list(works)[:: 1 if num_round % 2 else -1]:
-            times[name].append(cpu_seconds(works[name], views) / num_views)
+            times[name].append(cpu_seconds(works[name], many) / num_views)
     ratios = [ours / theirs for ours, theirs in zip(times["replay"], times["torchvision"], strict=True)]
     return {
         "image_size": SIZE,
@@ -93,18 +101,48 @@ def measure(num_views: int, num_rounds: int, view_px: int) -> dict[str, object]:
     }
 
 
+def at_once(num: int, num_rounds: int, view_px: int) -> dict[str, object]:
+    """Views a second of a batch of 64 pictures, 10 views each."""
+    view_set = ViewSet(num_views=10, view_px=view_px)
+    pictures = [photograph(seed) for seed in range(64)]
+    samples = [Sample(f"{i}", jpeg(picture), ()) for i, picture in enumerate(pictures)]
+    batch = Batch(list(range(64)), samples, pictures)
+    processes = ViewProcesses(num, 64, {"base": {view_px}})
+
+    def in_threads(count: int) -> Iterator[View]:
+        with ThreadPoolExecutor(count) as pool:
+            yield from views(batch, view_set, "base", 0, {view_px}, pool)
+
+    ways: dict[str, Callable[[], Iterator[View]]] = {
+        "one thread": partial(in_threads, 1),
+        f"{num} threads": partial(in_threads, num),
+        f"{num} processes": lambda: processes.views(batch, view_set, "base", 0, {view_px}),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(num_rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            made = sum(len(view.params) for view in way())
+            if number:  # the first warms up
+                rates[name].append(made / (time.perf_counter() - start))
+    told: dict[str, object] = {f"{name}, views/s": round(median(of)) for name, of in rates.items()}
+    times = [fast / slow for fast, slow in zip(rates[f"{num} processes"], rates[f"{num} threads"], strict=True)]
+    return told | {"processes over threads": {"median": round(median(times), 2), "min": round(min(times), 2)}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=int, default=300, help="views timed in a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--view-px", type=int, default=224)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--at-once", type=int, help="compare so many threads with so many processes")
     options = parser.parse_args()
-    result = measure(options.views, options.rounds, options.view_px)
-    if options.json:
-        print(json.dumps(result))
+    if options.at_once:
+        result = at_once(options.at_once, options.rounds, options.view_px)
     else:
-        print("\n".join(f"{name:24} {value}" for name, value in result.items()))
+        result = measure(options.views, options.rounds, options.view_px)
+    show(result, options.json)
 
 
 if __name__ == "__main__":

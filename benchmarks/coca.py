@@ -72,14 +72,6 @@ def cached(graphs: bool) -> Way:
 WAYS = ("cached", "image once", "open_clip")
 
 
-def load(config: Captioner, device: torch.device) -> FrozenModel:
-    """A captioner of random weights."""
-    frozen = FrozenModel(config, device, random_seed=0)
-    head = frozen.model.text_decoder.text_projection
-    torch.nn.init.normal_(head, std=6 * len(head) ** -0.5)  # open_clip leaves it unset; so spread, a nucleus is small
-    return frozen
-
-
 @torch.inference_mode()
 def measure(
     frozen: FrozenModel, config: Captioner, num_images: int, repeats: int, ways: Iterable[str] = WAYS
@@ -136,7 +128,7 @@ def main(
     config = Captioner.model_validate(
         {"model": model, "num_captions": captions, "max_tokens": tokens, "min_tokens": tokens, "precision": precision}
     )
-    result = measure(load(config, torch.device(device)), config, images, repeats)
+    result = measure(FrozenModel(config, torch.device(device), random_seed=0), config, images, repeats)
     if as_json:
         knobs = {
             "model": model,

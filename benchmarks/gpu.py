@@ -3,14 +3,14 @@
     python -m benchmarks.gpu STEP [NAME] --out FOLDER [--small] [--device cpu]
 
     card        versions, and the card's own ceilings: a large bfloat16 product, a copy from memory to memory
-    scans       SSD as product, in chunks and by mamba-ssm's Triton kernel against its definition: values, gradients, ms
-    run         `clip-reinforce run` without Ray: two teachers of random weights, no captioner, a few hundred pictures
-    pipeline    the same work in this process by number of threads, then captions and their embeddings too: images a
-                second, what is waited for; same bytes?
+    scans       SSD as product, in chunks, by mamba-ssm's Triton kernel and by ours against its definition: values,
+                gradients, ms; and our depthwise convolution against torch's
+    run         `clip-reinforce run` without Ray: two teachers and a captioner of random weights, a thousand pictures
+    pipeline    the same work in this process, by number of threads: images a second, what is waited for; same bytes?
     teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32; which kernels take it
     captions    CoCa: first call, cached decoding under autocast and with weights held, open_clip's way
     losses      of a large batch, forwards and backwards, against whole matrices
-    latency     NAME, a student: batch 1 and 256, eager and compiled, by train.latency
+    latency     NAME, a student: batch 1 and 256, eager and compiled, by train.latency; ours with our own kernels, too
     training    a step of a student in bfloat16 from the store of `run`, against one without teachers
     table       what the steps said, in lines
 
@@ -56,6 +56,7 @@ from reinforce.store.store import Store
 from train import latency
 from train.config import TrainConfig
 from train.students import scan
+from train.students.mamba import Depthwise
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 ROOT = Path(__file__).parent.parent
@@ -78,14 +79,15 @@ class Sizes:
     longest_product: int = 4096  # beyond, its masks take too much memory
     longest_definition: int = 4096  # beyond, chunks in float64 stand for it
     tokens: int = 16384  # of all sequences of a timed call
+    maps: tuple[tuple[int, int, int, int], ...] = ((256, 32, 32, 96), (256, 16, 16, 576), (256, 8, 8, 1344))
     batch: int = 256
     teachers: tuple[str, ...] = ("ViT-L-14-quickgelu", "ViT-L-14")
     random: bool = True
-    views: int = 10
+    views: int = 30
     view_px: int = 224
     tars: int = 2
     batches: int = 2  # of each tar
-    threads: tuple[int, ...] = (4, 8, 14)
+    threads: tuple[int, ...] = (8, 14)
     captioner: str = "coca_ViT-L-14"
     captions: int = 5
     caption_tokens: int = 30
@@ -105,6 +107,7 @@ SMALL = Sizes(
     longest_product=64,
     longest_definition=64,
     tokens=160,
+    maps=((1, 4, 4, 32),),
     batch=8,
     teachers=tuple(f"local-dir:{MODELS / name}" for name in ("teacher_vit", "teacher_conv")),
     views=2,
@@ -210,9 +213,12 @@ def scans(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
     """SSD in all its forms. Errors are the largest difference, of the largest value, to float64."""
     answer, sizes, place, clock = begin("scans", out, small, device)
     torch.manual_seed(0)
-    forms = {"product": scan.ssd_product, "chunks": scan.ssd_chunks, "kernel": scan.ssd_kernel}
-    if place.type != "cuda" or not scan.kernel(scan.CHUNK_SCAN):
-        del forms["kernel"]
+    forms = {"product": scan.ssd_product, "chunks": scan.ssd_chunks}
+    if place.type == "cuda" and scan.kernel(scan.CHUNK_SCAN):
+        forms["kernel"] = scan.ssd_kernel
+    if place.type == "cuda":
+        scan.use_own_kernels()
+        forms["tiles"] = scan.ssd_tiles  # has no gradients
     answer.add(**card(place), mamba_ssm=version("mamba_ssm"), forms=list(forms), repeats=sizes.repeats)
     for length in sizes.lengths:
         inputs = [t.to(place) for t in kernels.ssd_inputs(2, length)]
@@ -225,17 +231,39 @@ def scans(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
             for dtype in (torch.float32, torch.bfloat16):
                 row: dict[str, Any] = {"form": name, "length": length, "dtype": str(dtype)[6:]}
                 try:
-                    got = kernels.run(form, _narrow(inputs, dtype))
-                    errors = [kernels.error([a], [b]) for a, b in zip(got, expected, strict=True)]
-                    row |= dict(zip(("value", "d_x", "d_dt", "d_a", "d_b", "d_c"), errors, strict=True))
-                    row["ok"] = max(errors) <= kernels.tolerance(dtype, place)
-                    timed = _narrow(many, dtype)
+                    narrow, timed = _narrow(inputs, dtype), _narrow(many, dtype)
                     with torch.no_grad():
+                        got = [form(*narrow)]
                         row["ms_forward"] = clock.ms(partial(form, *timed))
-                    row["ms_both"] = clock.ms(partial(kernels.run, form, timed))
+                    if name != "tiles":
+                        got = kernels.run(form, narrow)
+                        row["ms_both"] = clock.ms(partial(kernels.run, form, timed))
+                    errors = [kernels.error([a], [b]) for a, b in zip(got, expected, strict=False)]
+                    row |= dict(zip(("value", "d_x", "d_dt", "d_a", "d_b", "d_c"), errors, strict=False))
+                    row["ok"] = max(errors) <= kernels.tolerance(dtype, place)
                 except RuntimeError as error:  # CUDA's and Triton's, out of memory among them
                     row["error"] = str(error)[:300]
                 answer.add(rows=[row])
+    with torch.no_grad():
+        for shape in sizes.maps:
+            answer.add(rows=[_depthwise(shape, place, clock)])
+
+
+def _depthwise(shape: tuple[int, int, int, int], place: torch.device, clock: Clock) -> dict[str, Any]:
+    """(B, H, W, C) in bfloat16, with SiLU: torch's, and ours where there is one. Errors to float64, as above."""
+    layer = Depthwise(shape[-1]).to(place, torch.bfloat16)
+    x = torch.randn(shape, device=place, dtype=torch.bfloat16)
+    row: dict[str, Any] = {"form": "depthwise", "shape": list(shape)}
+    exact = copy.deepcopy(layer).double()(x.double(), silu=True)
+    ours = scan.own
+    for name, kernels_used in {"torch": None, "ours": ours}.items():
+        scan.own = kernels_used
+        if name == "torch" or scan.own_kernels(place):
+            row[f"{name}_error"] = kernels.error([layer(x, silu=True)], [exact])
+            row[f"{name}_ms"] = clock.ms(partial(layer, x, silu=True))
+    scan.own = ours
+    row["ok"] = max(row["torch_error"], row.get("ours_error", 0.0)) <= kernels.tolerance(torch.bfloat16, place)
+    return row
 
 
 def _narrow(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -243,12 +271,13 @@ def _narrow(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t.to(torch.float32 if i in wide else dtype) for i, t in enumerate(inputs)]
 
 
-def recipe(sizes: Sizes, captioned: bool = False) -> Recipe:
+def recipe(sizes: Sizes) -> Recipe:
+    """That of DataCompDR-12M, with random weights."""
     return Recipe(
         name="gpu",
         teachers={f"t{i}": Teacher(model=model) for i, model in enumerate(sizes.teachers)},
         view_sets={"base": ViewSet(num_views=sizes.views, view_px=sizes.view_px)},
-        captioners={"coca": captioner(sizes)} if captioned else {},
+        captioners={"coca": captioner(sizes)},
         batch_size=sizes.batch,
         weights="random",
     )
@@ -301,7 +330,7 @@ def run(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda
     tars, store = pictures(work, sizes), work / "stores/run"
     (work / "recipe.json").write_text(recipe(sizes).model_dump_json())
     command = [sys.executable, "-m", "reinforce", "run", tars, "--store", str(store), "--device", place.type]
-    command += ["--recipe", str(work / "recipe.json"), "--workers", "0", "--decode-threads", "8", "--json"]
+    command += ["--recipe", str(work / "recipe.json"), "--workers", "0", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     answer.add(exit=done.returncode, stderr=done.stderr[-2000:])
     answer.add(report=json.loads(done.stdout), sha256=bytes_of(store))
@@ -311,47 +340,45 @@ def run(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda
 
 @app.command()
 def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda") -> None:
-    """One worker, loaded once, and a store for each number of threads; then one with a captioner."""
+    """One worker, loaded once, and a store for each number of threads."""
     answer, sizes, place, _ = begin("pipeline", out, small, device)
     work = out / "work"
     listed = shards.expand(pictures(work, sizes))
     num_images = sizes.tars * sizes.batches * sizes.batch
-    answer.add(**card(place), images=num_images, views=sizes.views, captions=sizes.captions)
-    for captioned in (False, True):
-        before = time.monotonic()
-        options = RunOptions(workers="0", device=place.type)  # type: ignore[arg-type]
-        worker = Worker(recipe(sizes, captioned), str(work / f"stores/{captioned}"), options)
-        spent: dict[str, float] = {}
-        together: Any = worker.ensemble
-        together.encode_images = _counted(together.encode_images, spent, "image_towers_s")
-        together.encode_texts = _counted(together.encode_texts, spent, "text_towers_s")
-        for writer in worker.captioners.values():
-            asked: Any = writer
-            asked.caption = _timed(asked.caption, spent, "captions_s")
-        work_tflop = num_images * sum(of["tflop"] for of in tflop_by_stage(worker, set(worker.columns)).values())
-        answer.add(loading_s=[time.monotonic() - before], tflop=[work_tflop])
-        # The first number is that of a call that warms up.
-        for threads in (sizes.threads[-1], *sizes.threads) if not captioned else (worker.threads,):
-            spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0, "captions_s": 0.0}
-            worker.threads = threads
-            folder = work / f"stores/{captioned}-{threads}"
-            worker.store = Store(str(folder))
-            worker.store.promise(worker.manifest)
-            for shard in worker.store.shards():
-                worker.store.objects.remove_folder(shard)
-            start = time.monotonic()
-            with ThreadPoolExecutor(worker.options.shards_in_flight) as pool:
-                reports = list(pool.map(worker.reinforce, listed))
-            seconds = time.monotonic() - start
-            row: dict[str, Any] = {"captioned": captioned, "threads": threads, "seconds": seconds, **spent}
-            row["images_per_s"] = num_images / seconds
-            row["without_models_s"] = seconds - sum(spent.values())  # decoding, views and writing that nothing hid
-            row["share_of_product"] = work_tflop / seconds / ceiling(out)
-            row |= {"errors": [report.error for report in reports if report.error], "sha256": bytes_of(folder)}
-            answer.add(rows=[row])
+    before = time.monotonic()
+    worker = Worker(recipe(sizes), str(work / "stores/0"), RunOptions(workers="0", device=place.type))  # type: ignore[arg-type]
+    answer.add(**card(place), loading_s=time.monotonic() - before, images=num_images, views=sizes.views)
+    spent: dict[str, float] = {}
+    together: Any = worker.ensemble
+    together.encode_images = _counted(together.encode_images, spent, "image_towers_s")
+    together.encode_tokens = _counted(together.encode_tokens, spent, "text_towers_s")
+    writer: Any = worker.captioners["coca"]
+    writer.caption = _timed(writer.caption, spent, "captions_s")
+    stages = tflop_by_stage(worker, set(worker.columns))
+    work_tflop = sum(of["tflop"] for of in stages.values())
+    answer.add(tflop_an_image={name: of["tflop"] for name, of in stages.items()})
+    for threads, tars in ((sizes.threads[-1], listed[:1]), *((threads, listed) for threads in sizes.threads)):
+        spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0, "captions_s": 0.0}
+        worker.threads = threads
+        folder = work / f"stores/{threads}"
+        worker.store = Store(str(folder))
+        worker.store.promise(worker.manifest)
+        for shard in worker.store.shards():
+            worker.store.objects.remove_folder(shard)
+        start = time.monotonic()
+        with ThreadPoolExecutor(worker.options.shards_in_flight) as pool:
+            reports = list(pool.map(worker.reinforce, tars))
+        seconds = time.monotonic() - start
+        read = sum(report.read for report in reports)
+        row: dict[str, Any] = {"threads": threads, "images": read, "seconds": seconds, **spent}
+        row["images_per_s"] = read / seconds
+        row["without_models_s"] = seconds - sum(spent.values())  # decoding, views and writing that nothing hid
+        row["share_of_product"] = read * work_tflop / seconds / ceiling(out)
+        row |= {"errors": [report.error for report in reports if report.error], "sha256": bytes_of(folder)}
+        answer.add(rows=[row])  # the first is one that warms up
     made = out / "run.json"
     other = json.loads(made.read_text()).get("sha256") if made.is_file() else None
-    hashes = {row["sha256"] for row in answer.facts["rows"] if not row["captioned"]}
+    hashes = {row["sha256"] for row in answer.facts["rows"][1:]}
     answer.add(one_process_gives_the_same_bytes=len(hashes) == 1, another_process_too=hashes == {other})
 
 
@@ -449,7 +476,7 @@ def captions(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     answer, sizes, place, _ = begin("captions", out, small, device)
     config = captioner(sizes)
     before = time.monotonic()
-    frozen = coca.load(config, place)
+    frozen = FrozenModel(config, place, random_seed=0)
     answer.add(**card(place), loading_s=time.monotonic() - before, captions=sizes.captions, tokens=sizes.caption_tokens)
     before = time.monotonic()
     coca.measure(frozen, config, sizes.batch, 1, ["cached"])
@@ -483,14 +510,19 @@ def latency_(
     """One student in a process of its own."""
     answer, sizes, place, _ = begin(f"latency-{name}", out, small, device)
     repeats = 5 * sizes.repeats
-    for compiled in (False, True):
+    ways = [(False, False), (True, False)]
+    if place.type == "cuda" and name.startswith("mamba"):
+        ways.append((True, True))
+    for compiled, own in ways:
+        if own:
+            scan.use_own_kernels()
         for batch in sizes.student_batches:
             try:
                 rows = latency.measure([name], [size], [batch], repeats, str(place), "bf16", compiled, ["image"])
             except RuntimeError as error:  # the compiler's
-                answer.add(rows=[{"batch": batch, "compiled": compiled, "error": str(error)[:300]}])
+                answer.add(rows=[{"batch": batch, "compiled": compiled, "own": own, "error": str(error)[:300]}])
             else:
-                answer.add(rows=[asdict(row) for row in rows])
+                answer.add(rows=[asdict(row) | {"own": own} for row in rows])
 
 
 @app.command()

@@ -54,8 +54,15 @@ AttemptsOption = Annotated[int, typer.Option(help="tries per shard")]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        help="threads per worker that decode and augment; by default 2, and with a GPU its share of the cores, "
-        "at most 8"
+        help="threads per worker that decode and, without view processes, augment; by default 2, and with a GPU its "
+        "share of the cores, at most 8"
+    ),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        help="processes per worker that make the views; by default none, and with a GPU its share of the cores, at "
+        "most 16"
     ),
 ]
 HungOption = Annotated[
@@ -88,12 +95,14 @@ def run(
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
+    view_processes: ProcessesOption = _DEFAULTS.view_processes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
-    options = {"max_invalid": max_invalid, "attempts": attempts, "decode_threads": decode_threads}
-    _run(shards, store, recipe, set_, json_, workers=workers, device=device, hung_after=hung_after, **options)
+    options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
+    options |= {"decode_threads": decode_threads, "view_processes": view_processes}
+    _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
 
 
 @app.command()
@@ -107,13 +116,15 @@ def extend(
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
+    view_processes: ProcessesOption = _DEFAULTS.view_processes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
     there stays as it is, and may be read meanwhile."""
-    options = {"max_invalid": max_invalid, "attempts": attempts, "decode_threads": decode_threads, "extend": True}
-    _run(shards, store, recipe, set_, json_, workers=workers, device=device, hung_after=hung_after, **options)
+    options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
+    options |= {"decode_threads": decode_threads, "view_processes": view_processes, "extend": True}
+    _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +16,17 @@ import typer
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
 
 
+def own_version() -> str:
+    """This package's. A checkout that runs without being installed has none."""
+    try:
+        return version("clip-reinforce")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"clip-reinforce {version('clip-reinforce')}")
+        print(f"clip-reinforce {own_version()}")
         raise typer.Exit
 
 

@@ -183,8 +183,11 @@ class FakeEnsemble:
     def encode_images(self, names: Iterable[str], views: dict[int, np.ndarray]) -> Answers:
         return lambda: {name: self.teachers[name].encode_images(views[FakeTeacher.image_px]) for name in names}
 
-    def encode_texts(self, names: Iterable[str], texts: list[str]) -> Answers:
-        return lambda: {name: self.teachers[name].encode_texts(texts) for name in names}
+    def tokens(self, names: Iterable[str], texts: list[str]) -> list[str]:
+        return texts
+
+    def encode_tokens(self, names: Iterable[str], tokens: list[str], num: int) -> Answers:
+        return lambda: {name: self.teachers[name].encode_texts(tokens) for name in names}
 
 
 class FakeCaptioner:
@@ -252,6 +255,7 @@ def worker(objects: Objects, kind: int) -> Worker:
     made.store = SimulatedStore(objects)
     teachers = {name: FakeTeacher(kind) for name in RECIPE.teachers}
     made.teachers, made.ensemble, made.views_ahead = teachers, FakeEnsemble(teachers), 2  # type: ignore[assignment]
+    made.view_processes = None
     made.captioners = {"coca": FakeCaptioner(kind)}  # type: ignore[dict-item]
     made._models = threading.Lock()
     models: dict[str, dict[str, Any]] = {"teachers": {"one": {}, "two": {}}, "captioners": {"coca": {}}}

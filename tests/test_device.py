@@ -110,7 +110,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         patch.setattr(frozen, "weights_digest", lambda model: "of no weights")
         for owner, method, kind in (
             (Ensemble, "encode_images", "view"),
-            (Ensemble, "encode_texts", "text"),
+            (Ensemble, "encode_tokens", "text"),
             (Captioner, "caption", "captions"),
         ):
             whole_method = getattr(owner, method)

@@ -31,7 +31,7 @@ def test_images(together: Ensemble, names: list[str], num: int) -> None:
 @pytest.mark.parametrize("names", [["vit", "conv"], ["vit"], []])
 def test_texts(together: Ensemble, names: list[str]) -> None:
     texts = ["a cat", "", 40 * "two dogs "]
-    found = together.encode_texts(names, texts)()
+    found = together.encode_tokens(names, together.tokens(names, texts), len(texts))()
     assert list(found) == names
     for name, array in found.items():
         assert array.tobytes() == together.teachers[name].encode_texts(texts).tobytes()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reinforce.errors import Diverged
+from reinforce.terminal import own_version
 from train import checkpoint
 from train.average import Average
 from train.config import LoopConfig
@@ -32,7 +33,7 @@ from train.distributed import Ranks
 from train.evaluation.metrics import Metrics
 from train.logs import Journal
 
-_SOFTWARE = ("clip-reinforce", "torch", "open_clip_torch", "timm", "numpy", "pillow")
+_SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
 
 
 class Piece(Protocol):
@@ -229,4 +230,4 @@ def _commit() -> str | None:
 
 
 def _software() -> dict[str, str]:
-    return {package: version(package) for package in _SOFTWARE}
+    return {"clip-reinforce": own_version()} | {package: version(package) for package in _SOFTWARE}

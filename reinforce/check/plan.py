@@ -32,7 +32,7 @@ from reinforce.store.store import Store
 
 # Dense bfloat16 matrix products, TFLOP/s, as the makers state them.
 CARDS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "L40S": 362, "RTX4090": 165}
-# Of that rate, what models reach; a guess: an H200 reached 0.34 of its own plain product (docs/results/gpu.md).
+# Of that rate, what models reach; a guess: an H100 reached 0.34 of its own plain product (docs/results/gpu.md).
 UTILISATION = 0.55
 LOOKED_AT = 3  # tars whose samples are counted; the others are taken to have as many per byte
 TRIAL_S = 60.0  # what reinforcing a few samples, to see what it costs, may take

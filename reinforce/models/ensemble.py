@@ -34,16 +34,21 @@ class Ensemble:
         features = {name: teacher.units_of_images(sent[teacher.image_px]) for name, teacher in asked.items()}
         return _fetched(features, len(next(iter(views.values()), ())))
 
-    def encode_texts(self, names: Iterable[str], texts: list[str]) -> Answers:
-        """n texts, at most the batch size. Long texts are cut."""
+    def tokens(self, names: Iterable[str], texts: list[str]) -> dict[str, np.ndarray]:
+        """n texts, at most the batch size, as some teachers read them: of each vocabulary (batch size, T). Long texts
+        are cut. No device has a part in it."""
+        of_vocabulary = {self.teachers[name].vocabulary: self.teachers[name] for name in names}
+        return {vocabulary: teacher.tokens(texts) for vocabulary, teacher in of_vocabulary.items()}
+
+    def encode_tokens(self, names: Iterable[str], tokens: Mapping[str, np.ndarray], num: int) -> Answers:
+        """Embeddings of the first `num` rows of what `tokens` gave."""
+        asked = {name: self.teachers[name] for name in names}
         sent: dict[str, Tensor] = {}
-        features: dict[str, Tensor] = {}
-        for name in names:
-            teacher = self.teachers[name]
+        for teacher in asked.values():
             if teacher.vocabulary not in sent:
-                sent[teacher.vocabulary] = send(teacher.tokens(texts), teacher.device)
-            features[name] = teacher.units_of_texts(sent[teacher.vocabulary])
-        return _fetched(features, len(texts))
+                sent[teacher.vocabulary] = send(tokens[teacher.vocabulary], teacher.device)
+        features = {name: teacher.units_of_texts(sent[teacher.vocabulary]) for name, teacher in asked.items()}
+        return _fetched(features, num)
 
 
 def _fetched(features: Mapping[str, Tensor], num: int) -> Answers:

@@ -217,7 +217,7 @@ def _create(config: Model, random_seed: int | None, given: dict[str, Any]) -> An
         raise ConfigError(f"{config.model},{config.pretrained} cannot be loaded: {error}") from error
     if random_seed is not None and isinstance(model, open_clip.CoCa):
         head = model.text_decoder.text_projection  # open_clip leaves it as the memory was
-        nn.init.normal_(head, std=head.shape[0] ** -0.5)
+        nn.init.normal_(head, std=6 * head.shape[0] ** -0.5)  # so spread, a nucleus is small, as that of a trained one
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise ConfigError(f"{config.model},{config.pretrained}: the weights hold NaN or infinity; get the file again")
     return model

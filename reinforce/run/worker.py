@@ -26,6 +26,7 @@ from reinforce.models.ensemble import Answers, Ensemble
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, View, ahead, batches, views
 from reinforce.run.reports import ShardReport
+from reinforce.run.view_processes import ViewProcesses
 from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, PLACE, STATUS, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity, said_of
@@ -72,6 +73,8 @@ class Worker:
         stored = self.store.manifest()
         self.columns = columns(recipe, (stored or self.manifest).format_version)
         self._models = threading.Lock()
+        num = view_processes(device) if options.view_processes is None else options.view_processes
+        self.view_processes = ViewProcesses(num, recipe.batch_size, self._sides()) if num else None
         classes = self.store.missing(CLASSES, class_columns(recipe))
         if stored or classes:
             self.promise()
@@ -125,6 +128,11 @@ class Worker:
             error=refusal,
         )
 
+    def _sides(self) -> dict[str, set[int]]:
+        """In what sizes views of each set can be asked for."""
+        of_teachers = {teacher.image_px for teacher in self.teachers.values()}
+        return {name: of_teachers | {view_set.view_px} for name, view_set in self.recipe.view_sets.items()}
+
     def _commit_classes(self, column: Column) -> None:
         classes = self.recipe.class_sets[column.set]
         if column.teacher:
@@ -136,10 +144,17 @@ class Worker:
 
 def decode_threads(device: torch.device) -> int:
     """Two for a CPU worker, whose models need the core. A GPU waits for two: its share of the cores, less those of the
-    models and of writing, and at most 8, beyond which they stand in each other's way (docs/results/gpu.md)."""
-    if device.type == "cpu":
+    models and of writing, and at most 8, beyond which they stand in each other's way (docs/results/gpu-h200.md)."""
+    if device.type != "cuda":
         return 2
     return min(8, max(2, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 2))
+
+
+def view_processes(device: torch.device) -> int:
+    """A CPU worker's two threads do; a GPU takes more views than threads can make."""
+    if device.type != "cuda":
+        return 0
+    return min(16, max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 2))
 
 
 class _ShardWork:
@@ -176,12 +191,14 @@ class _ShardWork:
         captions = Column("text", ORIGINAL, "caption")
         if captions in self.committed and self._stored(captions)[:, batch.rows].tolist() != originals:
             raise self._other_tar("its captions differ")
-        self._texts(ORIGINAL, originals)
+        texts = {ORIGINAL: originals}
         for name in (name for name in self.recipe.text_sets if name != ORIGINAL):
             if any(column.kind == "text" and column.set == name for column in self.wanted):
-                self._texts(name, self._captions(name, batch, inputs))
+                texts[name] = self._captions(name, batch, inputs)
+        tokens = pool.submit(self._tokens, texts)  # meanwhile the device works at the views
         for name, views_of_set in views_ahead.items():
             self._views(name, batch, views_of_set, pool)
+        self._texts(texts, tokens.result())
 
     def commit(self, stamp: dict[str, int | str]) -> bool:
         """Write the wanted columns. Rows in quarantine hold NaN, 0 or an empty text.
@@ -251,12 +268,21 @@ class _ShardWork:
                     self.empty_captions += 1
         return captions
 
-    def _texts(self, name: str, texts: list[list[str]]) -> None:
-        asked = self._asked("text", name)
-        answers = [self.worker.ensemble.encode_texts(asked.values(), row) for row in texts]
-        for index, (row, encoded) in enumerate(zip(texts, answers, strict=True)):
+    def _tokens(self, texts: dict[str, list[list[str]]]) -> list[dict[str, np.ndarray]]:
+        """Of every row of every set, in that order. In one thread: not all tokenizers may be used in two."""
+        tokens = self.worker.ensemble.tokens
+        return [tokens(self._asked("text", name).values(), row) for name, rows in texts.items() for row in rows]
+
+    def _texts(self, texts: dict[str, list[list[str]]], tokens: list[dict[str, np.ndarray]]) -> None:
+        items = [(name, index, row) for name, rows in texts.items() for index, row in enumerate(rows)]
+        asked = {name: self._asked("text", name) for name in texts}
+        answers = [
+            self.worker.ensemble.encode_tokens(asked[name].values(), of_row, len(row))
+            for (name, _, row), of_row in zip(items, tokens, strict=True)
+        ]
+        for (name, index, row), encoded in zip(items, answers, strict=True):
             self._add(Column("text", name, "caption"), index, np.array(row, dtype=object))
-            self._add_all(asked, index, encoded())
+            self._add_all(asked[name], index, encoded())
 
     def _views_ahead(self, name: str, batch: Batch, pool: Executor) -> Iterator[View]:
         """The views that are wanted, which begin to be made now."""
@@ -266,7 +292,12 @@ class _ShardWork:
             sides.add(view_set.view_px)
         if not sides and Column("view", name, "augment") not in self.answers:
             return iter(())
-        return ahead(views(batch, view_set, name, self.recipe.seed, sides, pool), self.worker.views_ahead)
+        processes = self.worker.view_processes
+        if processes:
+            made = processes.views(batch, view_set, name, self.recipe.seed, sides)
+        else:
+            made = views(batch, view_set, name, self.recipe.seed, sides, pool)
+        return ahead(made, self.worker.views_ahead)
 
     def _views(self, name: str, batch: Batch, views_of_set: Iterator[View], pool: Executor) -> None:
         asked, view_px = self._asked("view", name), self.recipe.view_sets[name].view_px

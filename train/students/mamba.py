@@ -21,7 +21,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from train.students.scan import ssd
+from train.students.scan import own_kernels, ssd
 
 EXPANSION = 2  # of a state-space block, in widths
 
@@ -42,8 +42,18 @@ class Conv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def depthwise(width: int) -> Conv:
-    return Conv(width, width, 3, padding=1, groups=width)
+class Depthwise(Conv):
+    """3x3, of each channel alone, and SiLU if asked. cuDNN is slow at it: docs/results/encoder.md."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, padding=1, groups=width)
+
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        if kernels := own_kernels(x.device, x.dtype):
+            out: Tensor = kernels.depthwise(x, self.weight, self.bias, silu)
+            return out
+        x = super().forward(x)
+        return F.silu(x) if silu else x
 
 
 class Local(nn.Module):
@@ -51,7 +61,7 @@ class Local(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = depthwise(width)
+        self.conv = Depthwise(width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.conv(x)
@@ -79,7 +89,7 @@ class SSDMixer(nn.Module):
         self.num_states = num_states
         self.head_width = head_width
         self.project_in = nn.Linear(width, sum(self.splits), bias=False)
-        self.local = depthwise(inner + 2 * num_states)
+        self.local = Depthwise(inner + 2 * num_states)
         # As Mamba-2 starts: decays of 1 to 16, steps of 0.001 to 0.1, evenly in the logarithm.
         self.log_decay = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log())
         steps = torch.empty(num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -90,7 +100,7 @@ class SSDMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, mixed, steps = torch.split(self.project_in(x), self.splits, dim=-1)
-        mixed = F.silu(self.local(mixed))
+        mixed = self.local(mixed, silu=True)
         if self.by_columns:
             mixed, steps = mixed.transpose(1, 2), steps.transpose(1, 2)
         grid = mixed.shape[1:3]

@@ -12,7 +12,7 @@ from timm.layers.drop import DropPath
 from timm.models import register_model
 from torch import Tensor, nn
 
-from train.students.mamba import MambaEncoder, SSDMixer, Stage, depthwise
+from train.students.mamba import Depthwise, MambaEncoder, SSDMixer, Stage
 
 HEAD_WIDTH = 32
 MLP_RATIO = 3
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, mixer: nn.Module | None, drop_path: float):
         super().__init__()
-        self.local = depthwise(width)
+        self.local = Depthwise(width)
         self.mixer_norm = nn.LayerNorm(width) if mixer else None
         self.mixer = mixer
         self.mlp_norm = nn.LayerNorm(width)

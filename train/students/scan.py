@@ -11,9 +11,10 @@ least. `selective_scan` and `ssd` take the path that `selective_scan_path` and `
     selective scan   "kernel" on CUDA where mamba-ssm has it, otherwise "sequential" in training and, where no gradient
                      is asked for, "doubling", which an export can hold
     ssd              "product" for as many tokens as `longest_product` says; for more, "kernel" on CUDA where
-                     mamba-ssm has it, otherwise "chunks"
+                     mamba-ssm has it, otherwise "chunks". After `use_own_kernels`, where no gradient is asked for on
+                     CUDA, "tiles"
 
-The kernel for SSD is Triton's and needs nothing but mamba-ssm's source; the one for the selective scan is compiled when
+mamba-ssm's kernel for SSD is Triton's and needs nothing but its source; the one for the selective scan is compiled when
 mamba-ssm is built.
 """
 
@@ -29,12 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reinforce import process
+from reinforce.errors import MissingExtra
 
 CHUNK = 64  # tokens; one CPU core takes 256 tokens in chunks of 64 in a fifth of the time of one product of 256
 KERNEL_CHUNK = 256  # as Mamba-2 has it
 SELECTIVE_SCAN = "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"
 PLAIN_SELECTIVE_SCAN = "sequential, without gradients doubling"
 CHUNK_SCAN = "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined"
+own: ModuleType | None = None  # train.students.kernels, once it is asked for
 
 
 @functools.cache
@@ -72,19 +75,39 @@ def longest_product(device: torch.device) -> int:
     return 256 if device.type == "cuda" else CHUNK
 
 
-def ssd_path(device: torch.device, length: int) -> str:
+def use_own_kernels() -> None:
+    """From now on, train.students.kernels where they fit. Raises MissingExtra where there is no Triton."""
+    global own
+    try:
+        from train.students import kernels
+    except ImportError as error:
+        raise MissingExtra("our own kernels need Triton, which comes with torch for CUDA") from error
+    own = kernels
+
+
+def own_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType | None:
+    """train.students.kernels where they fit: they have no gradients, and sum in float32."""
+    return own if device.type == "cuda" and dtype != torch.float64 and not torch.is_grad_enabled() else None
+
+
+def ssd_path(device: torch.device, length: int, dtype: torch.dtype = torch.float32) -> str:
+    if own_kernels(device, dtype):
+        return "tiles"
     if length <= longest_product(device):
         return "product"
     return "kernel" if device.type == "cuda" and kernel(CHUNK_SCAN) else "chunks"
 
 
 def describe(device: torch.device) -> str:
-    """The paths on a device, for a log: `selective scan: kernel; ssd up to 256 tokens: product, beyond: kernel`."""
+    """The paths of a training on a device, for a log: `selective scan: kernel; ssd up to 256 tokens: product, beyond:
+    kernel`, and what takes their place without gradients."""
     missing = "" if device.type != "cuda" or kernel(CHUNK_SCAN) else " (mamba-ssm is not installed)"
     longest = longest_product(device)
+    with torch.no_grad():
+        tiles = "; without gradients: tiles" if own_kernels(device) else ""
     return (
         f"selective scan: {'kernel' if selective_scan_path(device) == 'kernel' else PLAIN_SELECTIVE_SCAN}; "
-        f"ssd up to {longest} tokens: product, beyond: {ssd_path(device, longest + 1)}{missing}"
+        f"ssd up to {longest} tokens: product, beyond: {ssd_path(device, longest + 1)}{missing}{tiles}"
     )
 
 
@@ -189,7 +212,9 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     hold the diagonal, less the diagonal.
     x (b, L, H, P); dt (b, L, H), positive, and A (H,), negative, float32; B, C (b, L, N), shared by the heads.
     """
-    path = ssd_path(x.device, x.shape[1])
+    path = ssd_path(x.device, x.shape[1], x.dtype)
+    if path == "tiles":
+        return ssd_tiles(x, dt, A, B, C)
     if path == "product":
         return ssd_product(x, dt, A, B, C)
     if path == "chunks":
@@ -239,6 +264,15 @@ def ssd_product(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tenso
     weights = (C @ B.mT).unsqueeze(1) * _decays(until, until - log_decays)  # (b, H, L, L)
     inputs = (x * dt.unsqueeze(-1)).transpose(1, 2)  # (b, H, L, P)
     return (weights.to(x.dtype) @ inputs.to(x.dtype)).transpose(1, 2)
+
+
+def ssd_tiles(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """`ssd` as the product, whose mask is never written: our own kernel."""
+    assert own is not None
+    log_decays = _log_decays(dt, A).transpose(1, 2)
+    until = _running_sum(log_decays)
+    y: Tensor = own.ssd(x, dt.float(), until, until - log_decays, B.to(x.dtype), C.to(x.dtype))
+    return y
 
 
 def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = CHUNK) -> Tensor:
@@ -298,7 +332,7 @@ def _carried(states: Tensor, decays: Tensor) -> Tensor:
 
 
 def _running_sum(x: Tensor) -> Tensor:
-    """`x.cumsum(-1)`. The compiler of torch 2.11 fails on that one on CUDA (`SplitScan`: docs/results/gpu.md)."""
+    """`x.cumsum(-1)`. The compiler of torch 2.11 fails on that one on CUDA (`SplitScan`: docs/results/gpu-h200.md)."""
     if x.is_cuda and torch.compiler.is_compiling():
         return running_sum_by_doubling(x, -1)
     return x.cumsum(-1)
