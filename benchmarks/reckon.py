@@ -5,7 +5,7 @@
 Each operation of the folded encoder is counted on tensors without values. It takes the longer of its arithmetic and of
 its reading and writing, and a launch. `eager_ms` is the sum over all operations; `floor_ms` is that of products,
 convolutions and attention alone, as if a compiler hid everything else in them. The rates are those of an H100: what was
-measured of dense bf16 products and of copies (docs/results/gpu-h200.md), and 2 us a launch within a CUDA graph. Depthwise
+measured of dense bf16 products and of copies (docs/results/gpu.md), and 2 us a launch within a CUDA graph. Depthwise
 convolutions do no products worth the name: theirs is the time of reading and writing. It is no measurement.
 """
 

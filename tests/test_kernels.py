@@ -1,7 +1,7 @@
 """Our Triton kernels against what they compute, written plainly: in Triton's interpreter, and compiled for a card.
 
-`make test-kernels` installs Triton, which torch for CPUs comes without, and asks it to interpret. The interpreter has no
-bfloat16 products.
+`make test-kernels` installs Triton, which torch for CPUs comes without, and asks it to interpret. The interpreter has
+no bfloat16 products.
 """
 
 import importlib.util

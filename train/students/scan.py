@@ -76,7 +76,7 @@ def longest_product(device: torch.device) -> int:
 
 
 def use_own_kernels() -> None:
-    """From now on, train.students.kernels where they fit. Raises MissingExtra where there is no Triton."""
+    """From now on, those of kernels.py where they fit. Raises MissingExtra where there is no Triton."""
     global own
     try:
         from train.students import kernels
@@ -86,7 +86,7 @@ def use_own_kernels() -> None:
 
 
 def own_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType | None:
-    """train.students.kernels where they fit: they have no gradients, and sum in float32."""
+    """Our kernels where they fit: they have no gradients, and sum in float32."""
     return own if device.type == "cuda" and dtype != torch.float64 and not torch.is_grad_enabled() else None
 
 
