@@ -1,6 +1,7 @@
 """A whole shard, from its tar to committed columns, against its models alone, and against doing it sample by sample.
 
     python -m benchmarks.shard [--images 128] [--serial 12] [--views 10] [--batch 64] [--model samples|ViT-B-32]
+                              [--captioner samples|coca_ViT-B-32]
 
   whole    the worker: tar, decoding, views, hashes, captions, embeddings, the store
   bare     the same forward passes and no more: towers on normalised tensors, texts as tokens, captions from ready
@@ -8,9 +9,9 @@
   serial   a plain generator's way: one sample after the other, views by torchvision, for each caption the image encoded
            anew and the whole text run at every step, one gzip file a sample
 
-Recipe: two teachers and a captioner with 5 captions. `samples` are the bundled ones, 64 px; `ViT-B-32` is taken twice,
-with the bundled captioner, all with random weights. CPU seconds of all threads for an image; torch has one. The parts
-are measured one after the other; a few images are enough for what is done one by one.
+Recipe: two teachers and a captioner with 5 captions. `samples` are the bundled ones, 64 px; a model of open_clip is
+taken twice, with random weights, of the captioner, too. CPU seconds of all threads for an image; torch has one. The
+parts are measured one after the other; a few images are enough for what is done one by one.
 """
 
 import gzip
@@ -40,16 +41,18 @@ TAR = "samples/train/00000.tar"
 CAPTIONER = "local-dir:samples/models/coca"
 
 
-def recipe_of(model: str, num_views: int, batch: int) -> Recipe:
+def recipe_of(model: str, captioner: str, num_views: int, batch: int) -> Recipe:
     names = ("local-dir:samples/models/teacher_vit", "local-dir:samples/models/teacher_conv")
     names = names if model == "samples" else (model, model)
     return Recipe(
         name="benchmark",
         teachers={f"t{i}": Teacher(model=name) for i, name in enumerate(names)},
         view_sets={"base": ViewSet(num_views=num_views, view_px=64 if model == "samples" else 224)},
-        captioners={"coca": Captioner(model=CAPTIONER, num_captions=5, temperature=0.5)},
+        captioners={
+            "coca": Captioner(model=CAPTIONER if captioner == "samples" else captioner, num_captions=5, temperature=0.5)
+        },
         batch_size=batch,
-        weights="pretrained" if model == "samples" else "random",
+        weights="pretrained" if model == captioner == "samples" else "random",
     )
 
 
@@ -127,8 +130,8 @@ def _caption(captioner: Any, picture: Image.Image, index: int) -> str:
     return coca.caption_text(tokens[0], tokenizer, tokenizer.sot_token_id, tokenizer.eot_token_id)
 
 
-def measured(folder: Path, model: str, num: int, num_serial: int, num_views: int, batch: int) -> dict[str, float]:
-    recipe = recipe_of(model, num_views, batch)
+def measured(folder: Path, recipe: Recipe, num: int, num_serial: int) -> dict[str, float]:
+    num_views = recipe.view_sets["base"].num_views
     num -= num % recipe.batch_size  # whole batches: a part of one costs as much
     samples = list(shards.read(Shard("00000", TAR)))[: num + recipe.batch_size]
     for name, part in (("warm", samples[num:]), ("whole", samples[:num])):
@@ -157,11 +160,12 @@ def main(
     num_views: Annotated[int, typer.Option("--views")] = 10,
     batch: int = 64,
     model: str = "samples",
+    captioner: str = "samples",
     json_: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Compare a whole shard with its models alone and with a plain generator."""
     with tempfile.TemporaryDirectory() as folder:
-        told = measured(Path(folder), model, num, num_serial, num_views, batch)
+        told = measured(Path(folder), recipe_of(model, captioner, num_views, batch), num, num_serial)
     show(told, json_)
 
 
