@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reinforce.config import Model, Recipe, RunOptions, parse
+from reinforce.config import Model, Packing, Recipe, RunOptions, parse
 from reinforce.errors import ConfigError
 from reinforce.exchange import commands
 from reinforce.recipes import choice, listed, load_recipe, overridden
@@ -202,6 +202,9 @@ def info(
     store: StoreArgument,
     json_: JsonOption = False,
     quarantine: Annotated[bool, typer.Option("--quarantine", help="list the samples that were set aside")] = False,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="what each way to store embeddings would take and lose")
+    ] = False,
 ) -> None:
     """Show what a store holds: samples, views, captions, bytes, and the columns that are not there yet."""
     from reinforce.check import info as check
@@ -210,6 +213,10 @@ def info(
         found = check.info(store)
         if quarantine:
             found["quarantine"] = list(check.quarantine(store))
+        if embeddings:
+            from reinforce.check.dial import dial
+
+            found["ways"] = dial(store)
         show(found, json_)
 
 
@@ -296,6 +303,23 @@ def upgrade(
 
     with errors_as_sentences():
         report = renew(store, to, shards)
+        show(asdict(report), json_)
+    raise typer.Exit(1 if report.failed else 0)
+
+
+@app.command()
+def repack(
+    store: StoreArgument,
+    to: Annotated[str, typer.Option("--to", help="where the new store goes")],
+    embeddings: Annotated[Packing, typer.Option(help="how the new one stores them: docs/store.md")],
+    json_: JsonOption = False,
+) -> None:
+    """Store embeddings in another way, in a store of their own; `info STORE --embeddings` says what that takes and
+    loses."""
+    from reinforce.check.repack import repack as again
+
+    with errors_as_sentences():
+        report = again(store, to, embeddings)
         show(asdict(report), json_)
     raise typer.Exit(1 if report.failed else 0)
 

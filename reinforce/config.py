@@ -24,6 +24,7 @@ from reinforce.errors import ConfigError
 
 ORIGINAL = "original"  # the text set of the captions that came with the images
 RESERVED = {"augment", "pixels", "caption", "name", ORIGINAL}  # what columns and sets are called by themselves
+Packing = Literal["bf16", "bf16-pco", "int8"]  # how embeddings are stored (store/packing.py)
 
 
 def _column_name(name: str) -> str:
@@ -168,6 +169,11 @@ class Recipe(Config):
     class_sets: dict[Name, ClassSet] = Field({}, description="classes whose texts are embedded, once per store")
     num_original_captions: int = Field(
         1, ge=0, description="how many of the captions that came with an image are kept; 0: images need no caption"
+    )
+    embeddings: Packing = Field(
+        "bf16",
+        description="how they are stored: bfloat16; the same bits in pcodec, which fewer programs read; or a byte for "
+        "each number, in half the room",
     )
     batch_size: int = Field(
         64, ge=1, description="images per forward pass; it changes the last bits, since kernels depend on it"

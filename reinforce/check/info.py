@@ -79,6 +79,8 @@ def info(url: str) -> dict[str, Any]:
             name: {"classes": len(c.classnames), "templates": len(c.templates), "teachers": [*recipe.teachers]}
             for name, c in recipe.class_sets.items()
         },
+        "embeddings": recipe.embeddings,
+        **({"embedding_loss": manifest.embedding_loss} if manifest.embedding_loss else {}),
         "bytes": {"total": total, "embeddings_raw": raw, "embeddings_stored": stored},
         "missing_columns": missing,
         "damaged_columns": damaged,

@@ -177,7 +177,7 @@ def _expected_bytes(worker: Worker, missing: set[Column]) -> tuple[float, float]
             directions = np.random.default_rng(0).normal(size=(512, worker.teachers[column.teacher].width))
             directions /= np.linalg.norm(directions, axis=1, keepdims=True)
             array = directions.astype(ml_dtypes.bfloat16)
-            shrunk = sum(map(len, arrays.encode(array, 0).parts)) / array.nbytes
+            shrunk = sum(map(len, arrays.encode(array, 0, worker.recipe.embeddings).parts)) / array.nbytes
         of_sample += shrunk * _bytes_of_row(worker, column)
     return of_sample, 2000.0 * len(missing)
 

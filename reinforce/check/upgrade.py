@@ -59,6 +59,7 @@ def upgrade(url: str, new: str, patterns: str) -> UpgradeReport:
             except (ConfigError, StoreError, ShardError, ReplayError) as error:
                 report.failed.append(f"{name}: {error}")
             progress.add(f"{len(report.failed)} failed")
+    made.objects.sweep()
     return report
 
 

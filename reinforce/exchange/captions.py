@@ -68,6 +68,7 @@ def import_captions(path: Path, store_url: str, name: str, num: int | None = Non
             for shard in names:
                 _import(store, shard, Column("text", name, "caption"), texts.num_captions, found, report)
                 progress.add()
+        store.objects.sweep()
         report.without_image = found.execute("SELECT COUNT(*) FROM captions WHERE NOT seen").fetchone()[0]
     return report
 

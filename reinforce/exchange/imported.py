@@ -69,6 +69,7 @@ def import_datacompdr(
                     done = ShardReport(shard.name, error=str(error))
                 report.add(done, 1)
             progress.add(report.phrase(progress.seconds))
+    store.objects.sweep()
     report.seconds = time.monotonic() - start
     return report
 

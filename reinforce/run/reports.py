@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ShardReport:
-    """One shard: read = valid + the sum of quarantined. `error` says why nothing of it was written."""
+    """One shard: read = valid + the sum of quarantined. `error` says why nothing of it was written. `embedding_loss`:
+    by teacher what int8 lost (store/packing.py)."""
 
     shard: str
     read: int = 0
@@ -15,6 +16,7 @@ class ShardReport:
     columns_written: int = 0
     seconds: float = 0.0
     error: str = ""
+    embedding_loss: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def valid(self) -> int:
@@ -34,7 +36,8 @@ class Failure:
 
 @dataclass
 class RunReport:
-    """One run. `samples`, `valid`, `quarantined` count the shards committed in it."""
+    """One run. `samples`, `valid`, `quarantined` count the shards committed in it. `embedding_loss`: by teacher the
+    largest loss of a shard."""
 
     store: str
     shards: int
@@ -47,6 +50,7 @@ class RunReport:
     failed: list[Failure] = field(default_factory=list)
     workers_lost: int = 0
     seconds: float = 0.0
+    embedding_loss: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, report: ShardReport, attempts: int) -> None:
         """Count a shard's last report."""
@@ -58,6 +62,9 @@ class RunReport:
         self.valid += report.valid
         self.empty_captions += report.empty_captions
         self.quarantined = dict(sorted((Counter(self.quarantined) + Counter(report.quarantined)).items()))
+        for teacher, lost in report.embedding_loss.items():
+            most = self.embedding_loss.get(teacher, lost)
+            self.embedding_loss[teacher] = max(lost, most, key=lambda of: of["kl"])
 
     def phrase(self, seconds: float) -> str:
         """What a run's progress says after so many seconds of work."""

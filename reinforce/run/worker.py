@@ -29,9 +29,11 @@ from reinforce.run.reports import ShardReport
 from reinforce.run.view_processes import ViewProcesses
 from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, PLACE, STATUS, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
+from reinforce.store.packing import loss
 from reinforce.store.store import Store, identity, said_of
 
 Inputs: TypeAlias = dict[str, np.ndarray]
+MEASURED = 1024  # samples of a shard of which is told what packed embeddings lose
 
 
 class Worker:
@@ -126,6 +128,7 @@ class Worker:
             columns_written=0 if refusal else len(work.wanted),
             seconds=time.monotonic() - start,
             error=refusal,
+            embedding_loss={} if refusal else work.lost,
         )
 
     def _sides(self) -> dict[str, set[int]]:
@@ -169,6 +172,7 @@ class _ShardWork:
         self.answers: dict[Column, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
         self._read: dict[Column, np.ndarray] = {}
         self.empty_captions = 0
+        self.lost: dict[str, dict[str, float]] = {}
 
     def prepared(self, found: Iterable[Batch], pool: Executor) -> Iterator[tuple[Batch, Inputs]]:
         """Batches with what the captioners see of them: uint8 (n, side, side, 3) for each that is wanted."""
@@ -211,6 +215,7 @@ class _ShardWork:
                 raise self._other_tar("its keys differ" if column == KEY else "its images differ")
         self.worker.promise()
         data = identity(self.rows.keys, self._known(DIGEST))
+        self.lost = self._loss()
         for column in self.wanted:
             known = column.kind == "sample"
             items = self._known(column) if known else self._items(column)
@@ -336,6 +341,19 @@ class _ShardWork:
     def _add_all(self, asked: dict[Column, str], index: int, encoded: dict[str, np.ndarray]) -> None:
         for column, teacher in asked.items():
             self._add(column, index, encoded[teacher])
+
+    def _loss(self) -> dict[str, dict[str, float]]:
+        """What int8 will lose, by teacher, of view 0 and caption 0 of the first samples; nothing where one of the two
+        was committed before."""
+        found, texts = {}, next(iter(self.recipe.text_sets), None)
+        if self.recipe.embeddings == "int8" and texts:
+            for name, teacher in self.worker.teachers.items():
+                pair = [Column("view", next(iter(self.recipe.view_sets)), name), Column("text", texts, name)]
+                parts = [self.answers.get(column, {}).get(0, []) for column in pair]
+                if all(parts):
+                    images, captions = (np.concatenate(of)[:MEASURED] for of in parts)
+                    found[name] = loss(images, captions, teacher.logit_scale, "int8")
+        return found
 
     def _items(self, column: Column) -> "_Items":
         """The views (captions) of a column, each with its batches put where they belong among all N rows. They are let

@@ -22,14 +22,18 @@ from zarr.storage import MemoryStore, WrapperStore
 
 import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
 from reinforce import process
+from reinforce.config import Packing
 from reinforce.errors import Corrupt
 from reinforce.store.metadata import METADATA
+from reinforce.store.packing import packed
 
 CHUNK_ROWS = 16384  # rows of one view in one chunk: 12.5 k rows of 768 bfloat16, a DataCompDR shard, are 19 MB
+BITS_OF_NAN = 0x7FC0  # of a bfloat16
 _CRC = 4  # bytes
 _NOWHERE = 2**64 - 1  # the offset of a chunk that lies wholly outside the array
 
 process.blosc_in_one_thread()
+process.zarr_without_warnings()
 
 
 class Items(Protocol):
@@ -50,20 +54,20 @@ class Encoded:
     record: dict[str, Any]
 
 
-def encode(items: np.ndarray | Items, row_axis: int) -> Encoded:
+def encode(items: np.ndarray | Items, row_axis: int, packing: Packing = "bf16") -> Encoded:
     """A Zarr v3 array: always the same for the same array. A chunk holds one view (or caption) of up to CHUNK_ROWS
-    rows.
+    rows. `packing`: of embeddings.
 
     Where `row_axis` is 1, `items` are views (or captions), and one is held at a time: so a column takes the memory that
     it takes encoded. `zarr` itself would hold it whole, its chunks, and two copies of the object.
     """
     parts: list[bytes] = []
     for number, item in enumerate(items if row_axis else [np.asarray(items)]):
-        item = item[None] if row_axis else item
+        item = packed(item[None] if row_axis else item, packing)
         if number == 0:
             shape = (len(items), *item.shape[1:]) if row_axis else item.shape
-            metadata = json.loads(_created(shape, item.dtype, row_axis, True)[1][METADATA].to_bytes())
-            array, objects = _created(item.shape, item.dtype, row_axis, False)
+            metadata = json.loads(_created(shape, item.dtype, row_axis, packing, True)[1][METADATA].to_bytes())
+            array, objects = _created(item.shape, item.dtype, row_axis, packing, False)
         if item.size:
             array[...] = item
             parts += [objects[name].to_bytes() for name in _names(item.shape, row_axis)]
@@ -72,9 +76,11 @@ def encode(items: np.ndarray | Items, row_axis: int) -> Encoded:
     return Encoded(metadata, parts, _record_of(parts))
 
 
-def _created(shape: tuple[int, ...], dtype: np.dtype[Any], row_axis: int, sharded: bool) -> tuple[Any, Any]:
+def _created(
+    shape: tuple[int, ...], dtype: np.dtype[Any], row_axis: int, packing: Packing, sharded: bool
+) -> tuple[Any, Any]:
     """An array in memory, and its objects by name. `sharded`: with all chunks in one object, as in a store."""
-    is_text = dtype.kind in "UTO"
+    is_text, in_pcodec = dtype.kind in "UTO", packing == "bf16-pco"
     compressor = ZstdCodec(level=3) if is_text else BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
     memory, chunk = MemoryStore(), _chunk_shape(shape, row_axis)
     made = zarr.create_array(
@@ -83,9 +89,10 @@ def _created(shape: tuple[int, ...], dtype: np.dtype[Any], row_axis: int, sharde
         dtype="string" if is_text else dtype,
         chunks=chunk,
         shards=tuple(n * side for n, side in zip(_num_chunks(shape, chunk), chunk, strict=True)) if sharded else None,
-        fill_value="" if is_text else _loud(dtype),
+        fill_value="" if is_text else BITS_OF_NAN if in_pcodec else _loud(dtype),
         filters=None,
-        compressors=[compressor, Crc32cCodec()],
+        serializer=process.pcodec() if in_pcodec else "auto",
+        compressors=[Crc32cCodec()] if in_pcodec else [compressor, Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
     )

@@ -6,12 +6,12 @@ store that grows by a teacher, say, gets a larger manifest beside it, which keep
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Self
 
-from reinforce.config import NAMED, Recipe, parse
+from reinforce.config import NAMED, Packing, Recipe, parse
 from reinforce.data import augment
 from reinforce.errors import ManifestMismatch, StoreError
 from reinforce.store.columns import FORMAT_VERSION, Column, class_columns, columns
@@ -25,19 +25,21 @@ _SOFTWARE = ("torch", "open_clip_torch", "pillow", "numpy", "zarr", "numcodecs")
 class Manifest:
     """`models`: how each teacher and captioner describes itself (weights digest, sizes, precision, `logit_scale`).
     `augment_fields`: name and unit of the P parameters of a view, for each view set.
-    `software`: versions that wrote the manifest, and the GPU where there was one; recorded, not compared."""
+    `software`: versions that wrote the manifest, and the GPU where there was one. `embedding_loss`: where embeddings
+    were repacked, what that lost, by teacher. These two are recorded and not compared."""
 
     recipe: dict[str, Any]
     models: dict[str, dict[str, Any]]
     augment_fields: dict[str, list[dict[str, str]]]
     software: dict[str, str]
     format_version: int = FORMAT_VERSION
+    embedding_loss: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recipe: Recipe, models: dict[str, dict[str, Any]], card: dict[str, str] = {}) -> Self:
         """The manifest of a recipe whose models have been loaded, on that `card` (models/device.py)."""
         return cls(
-            _without_texts(recipe.model_dump(mode="json")),
+            _as_before(recipe.model_dump(mode="json")),
             models,
             {name: augment.fields(view_set) for name, view_set in recipe.view_sets.items()},
             {package: version(package) for package in _SOFTWARE} | card,
@@ -58,7 +60,10 @@ class Manifest:
         raise StoreError(f"{where}: the manifest in its zarr.json is not as it was written; restore that file")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"fingerprint": self.fingerprint}
+        tree = asdict(self) | {"fingerprint": self.fingerprint}
+        if not self.embedding_loss:
+            del tree["embedding_loss"]  # as manifests were written before there was any
+        return tree
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +95,7 @@ class Manifest:
             parts += [recipe.get("num_original_captions", 1)]
         if column.teacher:
             parts += [models["teachers"][column.teacher]]
+            parts += [recipe["embeddings"]] if "embeddings" in recipe else []
         if column.teacher or column.set in recipe["captioners"]:
             parts += [recipe.get(name) for name in ("batch_size", "cpu_threads", "weights")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -130,8 +136,14 @@ class Manifest:
         models = {kind: of | self.models[kind] for kind, of in asked.models.items()}
         fields = asked.augment_fields | self.augment_fields
         parts = {part: asked.recipe.get(part, {}) | self.recipe.get(part, {}) for part in NAMED}
-        recipe = _without_texts(asked.recipe | parts)
+        recipe = _as_before(asked.recipe | parts)
         return replace(asked, recipe=recipe, models=models, augment_fields=fields, format_version=self.format_version)
+
+    def repacked(self, embeddings: Packing, lost: dict[str, dict[str, float]]) -> Self:
+        """The same, whose embeddings are stored in another way, and what that loses. As if a run had asked for it."""
+        asked = self.recipe | {"embeddings": embeddings}
+        recipe = {name: asked[name] for name in Recipe.model_fields if name in asked}
+        return replace(self, recipe=_as_before(recipe), embedding_loss=lost)
 
     def check(self, asked: "Manifest", where: str) -> None:
         """The same, models included; format 1 said less of a model, and only what is said is compared."""
@@ -145,9 +157,10 @@ class Manifest:
         _compare({"recipe": self.recipe, "models": self.models}, {"recipe": asked.recipe, "models": models}, where)
 
 
-def _without_texts(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Where nothing was imported, as manifests were written before there were imports."""
-    return {name: node for name, node in recipe.items() if name != "texts" or node}
+def _as_before(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what a recipe does not ask for, as manifests were written before it could be asked for: imported texts,
+    packed embeddings."""
+    return {name: node for name, node in recipe.items() if (name, node) not in (("texts", {}), ("embeddings", "bf16"))}
 
 
 def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def _pathless(recipe: dict[str, Any]) -> dict[str, Any]:
     of_models = {
         kind: {name: _settings(of) for name, of in recipe[kind].items()} for kind in ("teachers", "captioners")
     }
-    return _unlabelled(recipe) | of_models
+    return {"embeddings": "bf16"} | _unlabelled(recipe) | of_models
 
 
 def _settings(model: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import zarr
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import FsspecStore, LocalStore
 
+from reinforce.config import Packing
 from reinforce.data.augment import OLD_PIXEL_HASH, PIXEL_HASH
 from reinforce.data.shards import Status
 from reinforce.errors import Corrupt, NotCommitted, StoreError
@@ -28,6 +29,7 @@ from reinforce.store.columns import DIGEST, IDENTITY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.metadata import GROUP, METADATA, group_json, group_objects, is_sealed, sealed
 from reinforce.store.objects import Objects
+from reinforce.store.packing import unpacked
 
 C = TypeVar("C", Column, str)
 
@@ -135,7 +137,8 @@ class Store:
         """
         column = Column.at(str(column))
         folder = f"{shard}/{column}"
-        encoded = arrays.encode(items, column.row_axis)
+        packing = self._packing(column)
+        encoded = arrays.encode(items, column.row_axis, packing)
         name = arrays.object_name(encoded.metadata)
         self._create_groups(folder)
         for stray in set(self.chunk_objects(shard, column)) - {name}:
@@ -143,6 +146,8 @@ class Store:
         ours = True
         rows = encoded.metadata["shape"][column.row_axis]
         attributes = self._binding(shard, column) | {"data": data, "rows": rows} | more
+        if packing != "bf16":
+            attributes["packing"] = packing
         if name:
             record = self._create_whole(f"{folder}/{name}", encoded)
             ours = record == encoded.record
@@ -168,7 +173,8 @@ class Store:
                 "the store"
             )
         try:
-            return np.asarray(array[...] if index is None else array[index])
+            stored = np.asarray(array[...] if index is None else array[index])
+            return unpacked(stored, array.attrs.get("packing", "bf16"))
         except Corrupt as error:
             raise Corrupt(f"{self.url}: {shard}/{column}: {error}") from None
         except (ValueError, RuntimeError, OSError) as error:  # what codecs raise on altered bytes
@@ -231,6 +237,10 @@ class Store:
         if column not in self._promises and (manifest := self._read_manifest()):
             self._promises[column] = manifest.promise(column)
         return {"shard": shard, "column": str(column), "promise": self._promises.get(column, "")}
+
+    def _packing(self, column: Column) -> Packing:
+        manifest = self._read_manifest()
+        return manifest.parsed_recipe().embeddings if manifest and column.teacher else "bf16"
 
     def _metadata(self, shard: str, column: Column | str) -> tuple[bytes, dict[str, Any]]:
         """The `zarr.json` of a column as it is written, and read; that it is this column's has been checked."""
