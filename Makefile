@@ -140,7 +140,7 @@ format: setup ## let ruff lay out the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
 bench: setup ## the benchmarks, one JSON line each (open_clip_loop needs other packages, see its docstring)
-	@for bench in coca augment resize shard slab scale identity price losses kernels; do $(PY) -m benchmarks.$$bench --json; done
+	@for bench in coca augment resize shard slab packing scale identity price losses kernels; do $(PY) -m benchmarks.$$bench --json; done
 
 clean: ## remove what make reinforce made from the samples
 	rm -rf stores/samples.zarr

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from pipelines.experiments import picture
 from reinforce.__main__ import app as reinforce
+from reinforce.check.repack import repack
 from reinforce.config import RunOptions
 from reinforce.errors import ConfigError
 from reinforce.recipes import load_recipe
@@ -63,6 +64,7 @@ def home(reinforced: Reinforced, tmp_path_factory: pytest.TempPathFactory) -> Pa
     last = tiny.tar(folder / "samples/train/00003.tar", 1)
     store = shutil.copytree(reinforced.store, folder / "stores/samples.zarr")
     driver.run(last, str(store), Store(str(store)).promised().parsed_recipe(), RunOptions(workers="0", device="cpu"))
+    repack(str(store), str(folder / "stores/small.zarr"), "int8")
     return folder
 
 
