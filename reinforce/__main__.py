@@ -221,6 +221,24 @@ def info(
 
 
 @app.command()
+def report(
+    store: StoreArgument,
+    shards: Annotated[
+        str | None, typer.Option(help="the tars that it was made from; without them the page has no pictures")
+    ] = None,
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="the page")] = "report.html",
+    samples: Annotated[int, typer.Option(min=1, max=400, help="how many samples are shown")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="draws the samples that are shown for no other reason")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """Show a store as one page for a browser: samples, their views, what teachers say, near-duplicates, quarantine."""
+    from reinforce.check.report import report as page
+
+    with errors_as_sentences():
+        show(asdict(page(store, shards, out, samples, seed)), json_)
+
+
+@app.command()
 def verify(
     store: StoreArgument,
     shards: Annotated[

@@ -45,17 +45,6 @@ def zarr_without_warnings() -> None:
     warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3 specification")
 
 
-def pcodec() -> Any:
-    """zarr's codec for it. Raises MissingExtra."""
-    try:
-        import pcodec  # noqa: F401
-        from zarr.codecs.numcodecs import PCodec
-
-        return PCodec(level=8)
-    except ImportError as error:
-        raise MissingExtra("bf16-pco needs pcodec: pip install 'clip-reinforce[pco]'") from error
-
-
 def pillow_without_warnings() -> None:
     """Pillow warns of odd metadata, which is no fault of the pixels. `catch_warnings` is not safe in threads."""
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -229,7 +229,7 @@ class SimulatedStore(Store):
         return MemoryStore(there, read_only=True)
 
 
-def encode(items: np.ndarray | Items, row_axis: int) -> Encoded:
+def encode(items: np.ndarray | Items, row_axis: int, packing: str = "bf16") -> Encoded:
     """`arrays.encode`, which gives the same for the same array, and takes most of the time of a simulation."""
     array = np.array(list(items))
     data = "".join(f"{text}\0" for text in array.ravel()).encode() if array.dtype.kind in "UO" else array.tobytes()

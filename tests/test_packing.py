@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from reinforce.__main__ import app
 from reinforce.check.repack import repack
 from reinforce.check.verify import verify
 from reinforce.config import ClassSet, Packing, Recipe, RunOptions
-from reinforce.errors import ConfigError, ManifestMismatch, StoreError
+from reinforce.errors import ConfigError, ManifestMismatch, MissingExtra, StoreError
 from reinforce.run import driver
 from reinforce.store.packing import LARGEST, loss, packed, unpacked
 from reinforce.store.store import Store
@@ -152,6 +153,21 @@ def test_plain_zarr_sees_what_the_page_says(stores: dict[str, str]) -> None:
     stored = zarr.open_array(f"{stores['int8']}/00000/view/base/vit", mode="r")[0]
     rows = stored / np.linalg.norm(stored.astype(float), axis=-1, keepdims=True)
     assert stored.dtype == np.int8 and np.abs(rows - exact.astype(float)).max() < 0.01
+
+
+def test_without_pcodec_a_sentence(
+    recipe: Recipe, tars: str, stores: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pcodec", None)
+    for call in (
+        lambda: Store(stores["bf16-pco"]).read("00000", "view/base/vit", 0),
+        lambda: driver.run(tars, str(tmp_path / "s"), asked(recipe, "bf16-pco"), RUN),
+        lambda: repack(stores["bf16"], str(tmp_path / "r"), "bf16-pco"),
+    ):
+        with pytest.raises(MissingExtra, match=r"bf16-pco needs pcodec: pip install 'clip-reinforce\[pco\]'"):
+            call()
+    assert not (tmp_path / "s").exists()
+    assert Store(stores["bf16"]).read("00000", "view/base/vit", 0).size
 
 
 @pytest.mark.parametrize("packing", PACKED)

@@ -62,7 +62,7 @@ def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, captions:
 @settings(max_examples=25, deadline=None)
 def test_the_object_is_what_zarr_would_write(bits: np.ndarray, axis: int) -> None:
     encoded = arrays.encode(bits.view(BF16), axis)
-    plain, there = arrays._created(bits.shape, BF16, axis, sharded=True)
+    plain, there = arrays._created(bits.shape, BF16, axis, "bf16", sharded=True)
     plain[...] = bits.view(BF16)
     name = arrays.object_name(encoded.metadata)
     assert name and there[name].to_bytes() == b"".join(encoded.parts)

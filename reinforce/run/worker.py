@@ -27,6 +27,7 @@ from reinforce.models.teacher import Teacher
 from reinforce.run.batches import Batch, Rows, View, ahead, batches, views
 from reinforce.run.reports import ShardReport
 from reinforce.run.view_processes import ViewProcesses
+from reinforce.store import arrays
 from reinforce.store.columns import CLASSES, DIGEST, IDENTITY, KEY, PLACE, STATUS, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
 from reinforce.store.packing import loss
@@ -42,8 +43,10 @@ class Worker:
     def __init__(self, recipe: Recipe, store_url: str, options: RunOptions) -> None:
         """Loads the models, compares them with what the store promises, writes the class texts that are missing.
 
-        Raises ConfigError, ManifestMismatch, DeviceLost.
+        Raises ConfigError, ManifestMismatch, MissingExtra, DeviceLost.
         """
+        if recipe.embeddings == "bf16-pco":
+            arrays.pcodec()
         device = pick_device(options.device)
         if device.type == "cpu":
             process.torch_threads(recipe.cpu_threads)

@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore, WrapperStore
 import reinforce.store.bfloat16  # noqa: F401 - teaches zarr the data type
 from reinforce import process
 from reinforce.config import Packing
-from reinforce.errors import Corrupt
+from reinforce.errors import Corrupt, MissingExtra
 from reinforce.store.metadata import METADATA
 from reinforce.store.packing import packed
 
@@ -91,12 +91,23 @@ def _created(
         shards=tuple(n * side for n, side in zip(_num_chunks(shape, chunk), chunk, strict=True)) if sharded else None,
         fill_value="" if is_text else BITS_OF_NAN if in_pcodec else _loud(dtype),
         filters=None,
-        serializer=process.pcodec() if in_pcodec else "auto",
+        serializer=pcodec() if in_pcodec else "auto",
         compressors=[Crc32cCodec()] if in_pcodec else [compressor, Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
     )
     return made, memory._store_dict
+
+
+def pcodec() -> Any:
+    """Its codec. Raises MissingExtra where the package is not installed, which Zarr would find out only when it encodes
+    or decodes."""
+    try:
+        import pcodec  # noqa: F401
+        from zarr.codecs.numcodecs import PCodec
+    except ImportError as error:
+        raise MissingExtra("bf16-pco needs pcodec: pip install 'clip-reinforce[pco]'") from error
+    return PCodec(level=8)
 
 
 def _num_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...]:

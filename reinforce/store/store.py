@@ -173,8 +173,9 @@ class Store:
                 "the store"
             )
         try:
-            stored = np.asarray(array[...] if index is None else array[index])
-            return unpacked(stored, array.attrs.get("packing", "bf16"))
+            if (packing := array.attrs.get("packing", "bf16")) == "bf16-pco":
+                arrays.pcodec()
+            return unpacked(np.asarray(array[...] if index is None else array[index]), packing)
         except Corrupt as error:
             raise Corrupt(f"{self.url}: {shard}/{column}: {error}") from None
         except (ValueError, RuntimeError, OSError) as error:  # what codecs raise on altered bytes
