@@ -23,7 +23,8 @@ SEES = {
     "reinforce.exchange": {f"reinforce.{room}" for room in ("run", "store", "recipes", "terminal", "progress")}
     | SAMPLES,
     "reinforce.run": {"reinforce.models", "reinforce.store", "reinforce.progress", "reinforce.process"} | SAMPLES,
-    "reinforce.check": {"reinforce.run", "reinforce.models", "reinforce.store", "reinforce.progress"} | SAMPLES,
+    "reinforce.page": {"reinforce.errors"},
+    "reinforce.check": {f"reinforce.{room}" for room in ("page", "run", "models", "store", "progress")} | SAMPLES,
     "reinforce.models": SAMPLES | {"reinforce.process"},
     "reinforce.store": SAMPLES | {"reinforce.process"},
     "reinforce.data": GROUND | {"reinforce.process"},
@@ -35,7 +36,8 @@ SEES = {
     "reinforce.errors": set(),
 }
 # What `train` may see of `reinforce`: what reads a store, the models, and the doors to the user. Never run or check.
-READER = SAMPLES | {f"reinforce.{room}" for room in ("models", "store", "recipes", "terminal", "progress", "process")}
+SEEN = ("models", "store", "recipes", "terminal", "progress", "process", "page")
+READER = SAMPLES | {f"reinforce.{room}" for room in SEEN}
 # Modules that may load another by a name that is worked out: what they load is not ours.
 LOADERS = {"train.students.scan"}
 HEAVY = {

@@ -23,6 +23,10 @@ from reinforce.run import driver
 from reinforce.store.store import Store
 from tests import tiny
 from tests.processes import here
+from train import report as trainings_page
+from train.__main__ import app as train_app
+from train.config import TrainConfig
+from train.trainer import fit
 
 RUN = RunOptions(workers="0", device="cpu", max_invalid=0.9)
 HOSTILE = (
@@ -228,6 +232,60 @@ def texts(shown: Any, selector: str) -> list[str]:
         "return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector
     )
     return found
+
+
+@pytest.fixture(scope="module")
+def trainings(made: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three: of two weights of the teachers, and one that was stopped."""
+    folder = tmp_path_factory.mktemp("trainings")
+    student, paths = tiny.student(folder / "student"), [folder / name for name in ("alone", "taught", "stopped")]
+    for path, distill in zip(paths, (0.0, 1.0, 1.0), strict=True):
+        config = TrainConfig.model_validate(
+            {"student": student, "shards": made[0], "store": made[1], "global_batch_size": 6, "streams": 2, "steps": 4}
+            | {"precision": "fp32", "workers": 0, "report_to": [], "distill": distill, "log_every_n_steps": 1}
+        )
+        fit(config, path)
+    (paths[2] / "report.json").unlink()
+    lines = (paths[2] / "metrics.jsonl").read_text().splitlines(True)
+    (paths[2] / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
+    return paths
+
+
+def test_trainings_side_by_side(trainings: list[Path], tmp_path: Path) -> None:
+    told = trainings_page.report(map(str, trainings), str(tmp_path / "t.html"))
+    assert told.trainings == 3 and told.bytes == (tmp_path / "t.html").stat().st_size
+    found = facts(tmp_path / "t.html")
+    assert [one["name"] for one in found["trainings"]] == ["alone", "taught", "stopped"]
+    assert found["differ"] == ["config.distill"]
+    assert [len(one["curves"]["loss"]) for one in found["trainings"]] == [4, 4, 2]
+    assert [bool(one["report"]) for one in found["trainings"]] == [True, True, False]
+    assert found["trainings"][0]["curves"]["loss"][-1] == [4, found["trainings"][0]["report"]["metrics"]["loss"]]
+
+
+def test_long_curves_are_thinned_and_keep_their_end() -> None:
+    points = [[float(step), 1.0] for step in range(1001)]
+    thin = trainings_page._thinned(points)
+    assert len(thin) <= trainings_page.MOST + 1 and thin[0] == points[0] and thin[-1] == points[-1]
+    assert trainings_page._thinned(points[:5]) == points[:5] and trainings_page._thinned([]) == []
+
+
+def test_a_folder_that_holds_no_training_is_said(trainings: list[Path], tmp_path: Path) -> None:
+    code, _, err = here(train_app, "report", str(trainings[0]), str(tmp_path), "-o", str(tmp_path / "t.html"))
+    assert code == 2 and "holds no training: config.json cannot be read" in err and not (tmp_path / "t.html").exists()
+
+
+def test_trainings_in_a_browser(trainings: list[Path], browser: Any, tmp_path: Path) -> None:
+    code, out, _ = here(train_app, "report", *map(str, trainings), "-o", str(tmp_path / "t.html"), "--json")
+    assert code == 0 and json.loads(out)["trainings"] == 3
+    browser.get((tmp_path / "t.html").as_uri())
+    assert browser.get_log("browser") == []
+    assert texts(browser, "#runs label") == ["alone", "taught", "stopped"]
+    assert "goes on" in "".join(texts(browser, "#results td")) and "loss" in texts(browser, "#curves h3")
+    drawn = "return document.querySelectorAll('#curves figure:first-child polyline:not(.off)').length"
+    assert browser.execute_script(drawn) == 3
+    browser.execute_script("document.querySelector('#runs input').click()")
+    assert browser.execute_script(drawn) == 2
+    assert texts(browser, "#settings > div > table tbody th") == ["config.distill"]
 
 
 def test_it_shows_all_and_says_no_error(shown: Any, made: tuple[str, str]) -> None:

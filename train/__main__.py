@@ -129,6 +129,19 @@ def export(
 
 
 @app.command()
+def report(
+    trainings: Annotated[list[str], typer.Argument(metavar="TRAINING", help="folders that fit has written, --out")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="the page")] = "trainings.html",
+    json_: JsonOption = False,
+) -> None:
+    """Show trainings side by side as one page for a browser: results, curves, and the settings in which they differ."""
+    with errors_as_sentences():
+        from train.report import report as page
+
+        show(asdict(page(trainings, out)), json_)
+
+
+@app.command()
 def latency(
     students: Annotated[list[str], typer.Argument(metavar="STUDENT", help="names of the table, or folders")],
     size: Annotated[list[int], typer.Option(min=1, help="pixels per side of an image; may be repeated")] = [256, 512],

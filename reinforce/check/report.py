@@ -1,13 +1,10 @@
 """A store as one page that opens in any browser, without a network: its samples, what teachers say of them, numbers.
 
-The page is `report.html` with the facts in it, as JSON: what captions and keys hold is only ever put into it as text.
+The page is report.html with facts in it (page.py).
 """
 
 import base64
-import hashlib
 import io
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from reinforce import page
 from reinforce.check import info
 from reinforce.check.survey import Survey, charts, survey
 from reinforce.config import Recipe
@@ -78,27 +76,8 @@ def report(url: str, patterns: str | None, out: str, num: int = 60, seed: int = 
         ],
         "quarantine": list(aside.values()),
     }
-    page = _page(facts)
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from None
-    return ReportReport(out, len(page.encode()), len(samples), len(found))
-
-
-def _page(facts: dict[str, Any]) -> str:
-    """The template with the facts, and with the only script and style that a browser may run for it."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    for kind in ("script", "style"):
-        [text] = re.findall(f"<{kind}>(.*?)</{kind}>", template, re.S)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        template = template.replace(f"{kind}-src 'none'", f"{kind}-src 'sha256-{digest}'")
-    data = json.dumps(facts, ensure_ascii=False, default=float)
-    # Within a script no `<` may begin a tag; the two separators end a line in older browsers.
-    for sign in "<>&\u2028\u2029":
-        data = data.replace(sign, f"\\u{ord(sign):04x}")
-    return template.replace("{{facts}}", data)
+    size = page.write(out, TEMPLATE, facts)
+    return ReportReport(out, size, len(samples), len(found))
 
 
 def _chosen(found: Survey, num: int, seed: int) -> dict[int, list[str]]:

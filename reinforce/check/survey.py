@@ -15,6 +15,7 @@ VIEWS = 4  # of each sample, whose mean stands for the image
 ALIKE = 0.95  # cosine between two images from which they are called near-duplicates
 PAIRS = 24
 BINS = 24
+RARE = 0.002
 _BLOCK = 1024  # rows
 
 
@@ -123,6 +124,9 @@ def charts(found: Survey) -> list[dict[str, Any]]:
 
 def _histogram(title: str, unit: str, series: dict[str, np.ndarray]) -> dict[str, Any]:
     values = np.concatenate([*series.values()])
+    low, high = np.quantile(values, [RARE, 1 - RARE], method="nearest")
+    series = {name: of.clip(low, high) for name, of in series.items()}  # the few beyond are in the outer bins
+    values = values.clip(low, high)
     if values.dtype.kind == "i":  # of whole numbers each bin has as many
         step = -(-int(np.ptp(values) + 1) // BINS)
         edges = np.arange(values.min(), values.max() + step + 1, step)
