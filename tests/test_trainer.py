@@ -9,11 +9,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reinforce.errors import ConfigError, Corrupt, Diverged
 from reinforce.models import tensorfile
@@ -69,12 +71,53 @@ def test_what_a_run_leaves(reinforced: Reinforced, tmp_path: Path) -> None:
     assert TrainConfig.model_validate(saved["config"]) == asked and saved["software"]["torch"]
     assert json.loads((tmp_path / "run/report.json").read_text()) == report
     assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 11))
-    assert list((tmp_path / "run/tensorboard").iterdir())
+    curves = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert len(curves.Scalars("loss")) == 10
+    [shown] = curves.Images("batch/images")
+    assert shown.step == 0 and shown.width >= 32 and curves.Tensors("batch/keys/text_summary")
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step_00000010.safetensors"]
     again = students.create(str(tmp_path / "run/student"), seed=9)
     assert torch.equal(
         again.model.state_dict()["visual.conv1.weight"], load_file(tmp_path / "run" / WEIGHTS)["visual.conv1.weight"]
     )
+
+
+class FakeWandb(ModuleType):
+    """What is asked of wandb, which has no server here."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.Image = lambda pixels, caption: (pixels.shape, caption)
+
+    def init(self, **asked: Any) -> "FakeWandb":
+        self.begun.append(asked)
+        return self
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.logged.append((step, metrics))
+
+    def finish(self) -> None: ...
+
+
+def test_a_training_is_one_run_of_wandb(
+    reinforced: Reinforced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it goes on; and another one in a folder of the same name is another run."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    asked = config(reinforced, report_to=["wandb"], steps=4, save_every_n_steps=2)
+    fit(asked, tmp_path / "a/latest")
+    for path in (tmp_path / "a/latest/report.json", tmp_path / "a/latest/checkpoints/step_00000004.safetensors"):
+        path.unlink()
+    fit(asked, tmp_path / "a/latest")
+    fit(asked, tmp_path / "b/latest")
+    ids = [begun["id"] for begun in fake.begun]
+    assert ids[0] == ids[1] != ids[2] and {begun["name"] for begun in fake.begun} == {"latest"}
+    shown = [(step, metrics["batch"]) for step, metrics in fake.logged if "batch" in metrics]
+    assert [step for step, _ in shown] == [0, 2, 0] and all(len(batch) == 8 for _, batch in shown)
+    assert [step for step, metrics in fake.logged if "loss" in metrics] == [1, 2, 3, 4, 3, 4, 1, 2, 3, 4]
 
 
 def test_it_learns(reinforced: Reinforced, tmp_path: Path) -> None:

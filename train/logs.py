@@ -3,8 +3,11 @@
 import json
 import logging
 import time
+import uuid
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from reinforce.errors import MissingExtra
 from reinforce.progress import Progress
@@ -12,6 +15,8 @@ from train.collapse import Watch
 from train.config import LoopConfig
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id.txt"
+SHOWN = 16  # pictures of a batch
 _NOT_OF_A_STEP = ("step", "samples_per_s", "data_wait_share")
 _OF_A_COLLAPSE = ("spread", "image_cosine", "text_cosine")
 log = logging.getLogger(__name__)
@@ -85,6 +90,18 @@ class Journal:
         if self._wandb:
             self._wandb.log(metrics, step=step)
 
+    def pictures(self, step: int, images: Tensor, keys: list[str]) -> None:
+        """Some of what the student sees at a step, where `report_to` can show it: uint8 (B, H, W, 3) and B names."""
+        images, keys = images[:SHOWN].cpu(), keys[:SHOWN]
+        if not self._silent and self._tensorboard:
+            self._tensorboard.add_images("batch/images", images, step, dataformats="NHWC")
+            self._tensorboard.add_text("batch/keys", ", ".join(f"`{key}`" for key in keys), step)
+        if not self._silent and self._wandb:
+            import wandb
+
+            shown = [wandb.Image(image.numpy(), caption=key) for image, key in zip(images, keys, strict=True)]
+            self._wandb.log({"batch": shown}, step=step)
+
     def speed(self, step: int) -> dict[str, float]:
         """Of this run up to `step`: seconds, samples per second, share of the time that was spent waiting for data."""
         passed_s = max(time.monotonic() - self._start, 1e-9)
@@ -123,6 +140,14 @@ def _wandb(folder: Path, config: LoopConfig) -> Any:
         import wandb
     except ImportError:
         raise MissingExtra("wandb is not installed: pip install wandb, or leave it out of report_to") from None
+    # A training that goes on is the run that it was; another one in a folder of that name is another run.
+    id_file = folder / WANDB_ID
+    if not id_file.exists():
+        id_file.write_text(f"{uuid.uuid4().hex[:16]}\n")
     return wandb.init(
-        dir=str(folder), name=folder.name, config=config.model_dump(mode="json"), resume="allow", id=folder.name
+        dir=str(folder),
+        name=folder.name,
+        config=config.model_dump(mode="json"),
+        resume="allow",
+        id=id_file.read_text().strip(),
     )

@@ -91,6 +91,9 @@ class Training(ABC, Generic[P]):
     def after_step(self) -> None:
         """What there is to do when the optimiser has changed the weights."""
 
+    def show(self, pieces: list[P], step: int, journal: Journal) -> None:
+        """Put the pictures of a batch into the journal, where there are such."""
+
     @abstractmethod
     def evaluate(self) -> dict[str, Metrics]:
         """Metrics of every evaluation set, of the model as it is."""
@@ -135,12 +138,14 @@ class Training(ABC, Generic[P]):
     def _steps(self, step: int, journal: Journal) -> dict[str, float]:
         """Gives the metrics of the last step."""
         metrics = journal.last_metrics  # of a run before, where no step is left
-        batches = self.batches(step)
+        batches, first = self.batches(step), step
         with _stop_signals() as stop_asked:
             while step < self.num_steps:
                 before = time.monotonic()
                 pieces = next(batches)
                 wait_s = time.monotonic() - before
+                if step == first:
+                    self.show(pieces, step, journal)
                 metrics, stop = self._step(pieces, step, stop_asked())
                 journal.step(step, metrics, wait_s)
                 step += 1

@@ -22,6 +22,7 @@ from train.data.sources import Source, source_of
 from train.distributed import Ranks, joined
 from train.evaluation.metrics import Metrics
 from train.evaluation.sets import EvalSet
+from train.logs import Journal
 from train.loop import Ended, Training
 from train.objective import ClipTrainee, Trainee, backward
 from train.students import Student, scan
@@ -125,6 +126,9 @@ class _Fit(Training[Batch]):
     @torch.no_grad()
     def after_step(self) -> None:
         self.student.model.logit_scale.clamp_(0, math.log(100))
+
+    def show(self, pieces: list[Batch], step: int, journal: Journal) -> None:
+        journal.pictures(step, pieces[0].images, pieces[0].keys)
 
     def evaluate(self) -> dict[str, Metrics]:
         return self.model.evaluate(self.eval_sets) if self.eval_sets else {}
