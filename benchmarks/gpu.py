@@ -55,7 +55,7 @@ from reinforce.run.worker import Worker
 from reinforce.store.store import Store
 from train import latency
 from train.config import TrainConfig
-from train.students import scan
+from train.students import plain_scans, scan
 from train.students.mamba import Depthwise
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
@@ -213,7 +213,7 @@ def scans(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
     """SSD in all its forms. Errors are the largest difference, of the largest value, to float64."""
     answer, sizes, place, clock = begin("scans", out, small, device)
     torch.manual_seed(0)
-    forms = {"product": scan.ssd_product, "chunks": scan.ssd_chunks}
+    forms = {"product": plain_scans.ssd_product, "chunks": plain_scans.ssd_chunks}
     if place.type == "cuda" and scan.kernel(scan.CHUNK_SCAN):
         forms["kernel"] = scan.ssd_kernel
     if place.type == "cuda":
@@ -222,7 +222,7 @@ def scans(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
     answer.add(**card(place), mamba_ssm=version("mamba_ssm"), forms=list(forms), repeats=sizes.repeats)
     for length in sizes.lengths:
         inputs = [t.to(place) for t in kernels.ssd_inputs(2, length)]
-        definition = scan.ssd_sequential if length <= sizes.longest_definition else scan.ssd_chunks
+        definition = plain_scans.ssd_sequential if length <= sizes.longest_definition else plain_scans.ssd_chunks
         expected = kernels.run(definition, [t.double() for t in inputs])
         many = [t.to(place) for t in kernels.ssd_inputs(max(1, sizes.tokens // length), length)]
         for name, form in forms.items():

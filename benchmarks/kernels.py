@@ -22,7 +22,7 @@ import typer
 from torch import Tensor
 
 from train.latency import machine
-from train.students import scan
+from train.students import plain_scans, scan
 
 Form = Callable[..., Tensor]
 CHANNELS, HEADS, HEAD_WIDTH, STATES = 256, 8, 32, 16
@@ -51,16 +51,16 @@ def selective_inputs(batch: int, length: int) -> list[Tensor]:
 FAMILIES: dict[str, tuple[Callable[[int, int], list[Tensor]], Form, dict[str, Form], set[int]]] = {
     "ssd": (
         ssd_inputs,
-        scan.ssd_sequential,
-        {"product": scan.ssd_product, "chunks": scan.ssd_chunks, "kernel": scan.ssd_kernel},
+        plain_scans.ssd_sequential,
+        {"product": plain_scans.ssd_product, "chunks": plain_scans.ssd_chunks, "kernel": scan.ssd_kernel},
         {1, 2},
     ),
     "selective scan": (
         selective_inputs,
-        scan.selective_scan_sequential,
+        plain_scans.selective_scan_sequential,
         {
-            "sequential": scan.selective_scan_sequential,
-            "doubling": scan.selective_scan_doubling,
+            "sequential": plain_scans.selective_scan_sequential,
+            "doubling": plain_scans.selective_scan_doubling,
             "kernel": scan.selective_scan,
         },
         {2, 5},

@@ -1,7 +1,10 @@
+import ast
 import copy
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +22,9 @@ from reinforce.data import images
 from reinforce.errors import ConfigError, MissingExtra
 from reinforce.models.open_clip import get_tokenizer, open_clip
 from tests import tiny
+from tests.processes import ROOT
 from train import export, students
-from train.students import Student
+from train.students import Student, standalone
 from train.students.fold import fold
 
 SMALL = ["vit_tiny", "mamba_tiny", "mobileclip_s0_tiny"]
@@ -250,3 +254,93 @@ def test_every_student_of_the_table_exports(name: str, tmp_path: Path) -> None:
     student = students.create(name)
     report = student.export(tmp_path / name)
     assert report.faults == []
+
+
+ALONE = """
+import sys
+from reinforce.process import import_torchvision
+import_torchvision()  # of an index whose torchvision does not fit its torch
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("train", "reinforce", "pipelines"):
+            raise ImportError(f"{name} is not installed here")
+for name in [name for name in sys.modules if name.split(".")[0] in ("train", "reinforce", "pipelines")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, NotHere())
+sys.path.insert(0, sys.argv[1])
+import modeling
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+model, preprocess, tokenizer = modeling.load()
+image = preprocess(Image.open(sys.argv[2]).convert("RGB"))[None]
+with torch.no_grad():
+    found = {"image": model.encode_image(image), "text": model.encode_text(tokenizer(["a red circle", "two dogs"]))}
+save_file(found, sys.argv[3])
+"""
+
+
+def alone(folder: Path, work: Path) -> dict[str, torch.Tensor]:
+    """What an export says in a process that cannot import this project, from another folder."""
+    (work / "picture.jpg").write_bytes(tiny.picture(3))
+    arguments = [str(folder), str(work / "picture.jpg"), str(work / "found.safetensors")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *arguments],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return load_file(work / "found.safetensors")
+
+
+def test_an_export_stands_alone(exported: SimpleNamespace, tmp_path: Path) -> None:
+    if exported.student.name == "mobileclip_s0_tiny":
+        assert not (exported.out / "modeling.py").exists()
+        assert "needs clip-reinforce" in (exported.out / "README.md").read_text()
+        return
+    found = alone(exported.out, tmp_path)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported.out}")
+    with torch.no_grad():
+        pixels = preprocess(images.decode(tiny.picture(3)))[None]
+        assert torch.equal(found["image"], model.eval().encode_image(pixels))
+        assert torch.equal(found["text"], model.encode_text(exported.student.tokenizer(["a red circle", "two dogs"])))
+
+
+@pytest.mark.parametrize("name", [name for name in students.names() if not name.startswith("mobileclip_s0")])
+def test_the_code_of_every_student_is_whole(name: str) -> None:
+    """It compiles, knows every name that it uses, and holds nothing of ours; no name comes twice."""
+    code = standalone.modeling(
+        name, "FOLDER", json.loads((students.find(name) / students.CONFIG).read_text())["model_cfg"]
+    )
+    assert code is not None
+    tree = ast.parse(code)
+    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not [module for module in imported if module.split(".")[0] in ("train", "reinforce")]
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(set(defined)) == len(defined)
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F811", "-"],
+        input=code,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+
+
+def test_the_card_tells_of_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    student = students.create("vit_tiny")
+    student.save(folder / "student")
+    described = {"config": {"global_batch_size": 8, "distill": 0.75, "store": None}, "software": {"torch": "2"}}
+    (folder / "config.json").write_text(json.dumps(described))
+    told = {"student": "vit_tiny", "steps": 5, "samples": 40, "evaluated": {"own": {"top1": 0.25, "num": 4}}}
+    (folder / "report.json").write_text(json.dumps(told))
+    card = students.create(str(folder / "student")).documents("X", {"agreement": {"onnx/image": {"min_cosine": 1.0}}})[
+        "README.md"
+    ]
+    for line in ("| steps, samples a step | 5, 8 |", "| own | top1 | 0.2500 |", "| store | none: captions alone |"):
+        assert line in card.splitlines()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train.students import scan
+from train.students import plain_scans, scan
 
 TOLERANCE = 1e-9
 
@@ -43,17 +43,17 @@ def distance(got: list[Tensor], expected: list[Tensor]) -> float:
 )
 def test_forms_of_ssd_agree(batch: int, length: int, heads: int, strength: float, chunk: int) -> None:
     args = inputs(batch, length, heads, strength)
-    expected = values_and_gradients(scan.ssd_sequential, args)
-    assert distance(values_and_gradients(scan.ssd_product, args), expected) < TOLERANCE
-    chunks = values_and_gradients(lambda *args: scan.ssd_chunks(*args, chunk=chunk), args)
+    expected = values_and_gradients(plain_scans.ssd_sequential, args)
+    assert distance(values_and_gradients(plain_scans.ssd_product, args), expected) < TOLERANCE
+    chunks = values_and_gradients(lambda *args: plain_scans.ssd_chunks(*args, chunk=chunk), args)
     assert distance(chunks, expected) < TOLERANCE
 
 
 def test_ssd_sees_as_far_back_as_ahead() -> None:
     args = inputs(2, 9, 2, 1.0)
     backwards = [t.flip(1) if t.ndim > 1 else t for t in args]
-    assert not torch.allclose(scan.ssd_causal(*backwards).flip(1), scan.ssd_causal(*args))
-    assert torch.allclose(scan.ssd_sequential(*backwards).flip(1), scan.ssd_sequential(*args))
+    assert not torch.allclose(plain_scans.ssd_causal(*backwards).flip(1), plain_scans.ssd_causal(*args))
+    assert torch.allclose(plain_scans.ssd_sequential(*backwards).flip(1), plain_scans.ssd_sequential(*args))
 
 
 def test_one_decay_is_written_out() -> None:
@@ -61,7 +61,7 @@ def test_one_decay_is_written_out() -> None:
     x, dt, a, b, c = (
         torch.tensor(v, dtype=torch.float64) for v in ([2.0, 3.0], [0.5, 0.25], [-2.0], [1.0, 4.0], [5, 6])
     )
-    y = scan.ssd_product(x.view(1, 2, 1, 1), dt.view(1, 2, 1), a, b.view(1, 2, 1), c.view(1, 2, 1)).flatten()
+    y = plain_scans.ssd_product(x.view(1, 2, 1, 1), dt.view(1, 2, 1), a, b.view(1, 2, 1), c.view(1, 2, 1)).flatten()
     first = 5 * 1 * 0.5 * 2 + torch.e ** (-2 * 0.5) * 5 * 4 * 0.25 * 3
     second = 6 * 4 * 0.25 * 3 + torch.e ** (-2 * 0.25) * 6 * 1 * 0.5 * 2
     assert y.tolist() == pytest.approx([first, second], rel=1e-12)
@@ -71,18 +71,20 @@ def test_one_decay_is_written_out() -> None:
 def test_float32_stays_finite_and_near_float64(strength: float, tolerance: float) -> None:
     """A sum of log-decays of 1e5 leaves few digits to its differences."""
     args = inputs(1, 256, 2, strength)
-    expected = values_and_gradients(scan.ssd_product, args)
+    expected = values_and_gradients(plain_scans.ssd_product, args)
     narrow = [t.detach().float().requires_grad_() for t in args]
-    got = [t.double() for t in values_and_gradients(scan.ssd_product, narrow)]
+    got = [t.double() for t in values_and_gradients(plain_scans.ssd_product, narrow)]
     assert distance(got, expected) < tolerance
 
 
 def test_ssd_takes_chunks_where_the_sequence_is_long() -> None:
     device = torch.device("cpu")
-    assert [scan.ssd_path(device, length) for length in (1, scan.CHUNK, scan.CHUNK + 1)] == ["product"] * 2 + ["chunks"]
+    assert [scan.ssd_path(device, length) for length in (1, plain_scans.CHUNK, plain_scans.CHUNK + 1)] == [
+        "product"
+    ] * 2 + ["chunks"]
     assert scan.ssd_path(torch.device("cuda"), 256) == "product"
-    args = inputs(1, scan.CHUNK + 7, 2, 1.0)
-    assert distance([scan.ssd(*args).detach()], [scan.ssd_product(*args).detach()]) < TOLERANCE
+    args = inputs(1, plain_scans.CHUNK + 7, 2, 1.0)
+    assert distance([scan.ssd(*args).detach()], [plain_scans.ssd_product(*args).detach()]) < TOLERANCE
     assert scan.describe(device) == (
         "selective scan: sequential, without gradients doubling; ssd up to 64 tokens: product, beyond: chunks"
     )
@@ -100,12 +102,12 @@ def test_two_causal_kernels_make_both_directions(monkeypatch: pytest.MonkeyPatch
 
     def chunk_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_size: int) -> Tensor:
         assert b.shape == c.shape == (*x.shape[:2], 1, 3) and chunk_size == scan.KERNEL_CHUNK
-        return scan.ssd_causal(x, dt, a, b.squeeze(2), c.squeeze(2))
+        return plain_scans.ssd_causal(x, dt, a, b.squeeze(2), c.squeeze(2))
 
     monkeypatch.setattr(scan, "kernel", lambda where: chunk_scan)
     assert scan.ssd_path(torch.device("cuda"), 257) == "kernel"
     args = inputs(2, 9, 2, 1.0)
-    expected = values_and_gradients(scan.ssd_product, args)
+    expected = values_and_gradients(plain_scans.ssd_product, args)
     assert distance(values_and_gradients(scan.ssd_kernel, args), expected) < TOLERANCE
 
 
@@ -131,12 +133,12 @@ def test_a_kernel_is_found_in_a_package_that_cannot_be_imported(
 
 
 def test_mamba_ssm_is_not_imported_without_cuda() -> None:
-    scan.ssd(*inputs(1, scan.CHUNK + 1, 1, 1.0))
+    scan.ssd(*inputs(1, plain_scans.CHUNK + 1, 1, 1.0))
     scan.describe(torch.device("cpu"))
     assert "mamba_ssm" not in sys.modules
 
 
-@pytest.mark.parametrize("form", [scan.selective_scan_sequential, scan.selective_scan_doubling])
+@pytest.mark.parametrize("form", [plain_scans.selective_scan_sequential, plain_scans.selective_scan_doubling])
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.booleans(), st.booleans())
 def test_selective_scan_is_its_recurrence(
@@ -181,4 +183,4 @@ def test_selective_scan_doubles_where_no_gradient_is_asked_for() -> None:
 def test_a_running_sum_by_doubling_is_one(length: int, dim: int) -> None:
     shape = (2, length, 3) if dim == 1 else (2, 3, length)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(scan.running_sum_by_doubling(x, dim), x.cumsum(dim), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain_scans.running_sum_by_doubling(x, dim), x.cumsum(dim), rtol=1e-12, atol=1e-12)

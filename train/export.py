@@ -4,9 +4,12 @@
     image.onnx      images (B, 3, H, W) float32, pixel / 255 less mean, over std -> image_features (B, D), unit norm
     text.onnx       tokens (B, context_length) int64 -> text_features (B, D), unit norm
     classifier.onnx of a student trained with comkd, in place of these two: images -> logits (B, classes)
+    modeling.py     of a student of two towers: loads the folder with open_clip and without this project
+    README.md       what it is, how to use it, how it was trained and what it reaches
     export.json     preprocessing, context length, logit_scale (the multiplier), opset, versions, result of the check
 
-open_clip and timm know our architectures after `import train.students`. ONNX needs neither; its graphs are folded.
+open_clip and timm know our architectures after `import modeling`, or `import train.students`. ONNX needs neither; its
+graphs are folded.
 """
 
 import copy
@@ -68,6 +71,9 @@ class Exportable(Protocol):
     def facts(self) -> dict[str, Any]:
         """What an application has to know: the head of export.json, beginning with the name as `student`."""
 
+    def documents(self, folder: str, checked: dict[str, Any]) -> dict[str, str]:
+        """Files for its readers, by name, of an export to `folder` whose check found `checked`."""
+
 
 Kind = TypeVar("Kind", bound=Exportable)
 
@@ -111,6 +117,8 @@ def export(student: Kind, out: Path, load: Callable[[Path], Kind]) -> ExportRepo
         report = replace(report, folder=str(out))
     facts = student.facts() | {"opset": OPSET, "versions": {package: version(package) for package in PACKAGES}}
     (partial / "export.json").write_text(json.dumps(facts | {"check": asdict(report)}, indent=1) + "\n")
+    for name, text in student.documents(str(out), asdict(report)).items():
+        (partial / name).write_text(text)
     if not report.faults:
         os.replace(partial, out)
     return report

@@ -134,6 +134,10 @@ class Classifier(nn.Module):
         scale = self.model.logit_scale.exp().item()
         return [Graph("logits", "classifier.onnx", module, self.student.probe(), ("images", "logits"), scale)]
 
+    def documents(self, folder: str, checked: dict[str, Any]) -> dict[str, str]:
+        """Its folder is read by this project, its graph by any."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """What an application has to know of an export."""
         return self.student.facts() | {"classes": self.names}

@@ -27,7 +27,7 @@ from reinforce.models.pixels import Normaliser
 from train.evaluation.metrics import Metrics, Precision, evaluate
 from train.evaluation.sets import EvalSet
 from train.export import ExportReport, Graph, Method, export
-from train.students import hybrid_text, mamba, mamba_v1, mambavision, mci
+from train.students import hybrid_text, mamba, mamba_v1, mambavision, mci, standalone
 from train.students.fold import fold
 
 # Importing them registers their encoders with timm, and the hybrid text tower with open_clip.
@@ -37,7 +37,7 @@ CONFIGS = Path(__file__).parent / "configs"
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 # The files of a folder that describe its weights, and so do not belong to other weights.
-_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.partial", "export.json")
+_OF_WEIGHTS = ("*.safetensors", "*.bin", "*.onnx", "*.partial", "export.json", "README.md", "modeling.py")
 SENTENCES = ("a photo of a cat", "two dogs on a beach at sunset", "", "a red circle, a blue square and " + 20 * "more ")
 
 
@@ -109,6 +109,14 @@ class Student:
             Graph(tower, f"{tower}.onnx", Method(model, f"encode_{tower}", True), inputs, (name, f"{tower}_features"))
             for tower, (name, inputs) in towers.items()
         ]
+
+    def documents(self, folder: str, checked: dict[str, Any]) -> dict[str, str]:
+        """What an export takes along to stand alone: standalone.py."""
+        model_cfg = json.loads((self.folder / CONFIG).read_text())["model_cfg"]
+        code = standalone.modeling(self.name, folder, model_cfg)
+        training = self.folder.parent if (self.folder.parent / "report.json").is_file() else None
+        card = standalone.card(self.facts(), checked, code is not None, training)
+        return {"README.md": card} | ({"modeling.py": code} if code else {})
 
     def probe(self) -> Tensor:
         """Noise that exports are checked on, normalised, the same each time: float32 (4, 3, image_px, image_px)."""

@@ -54,7 +54,7 @@ class Block(nn.Module):
         return x
 
 
-def _blocks(num_states: int) -> Callable[[Stage, int, float], nn.Module]:
+def _blocks_v1(num_states: int) -> Callable[[Stage, int, float], nn.Module]:
     def block(stage: Stage, index: int, drop_path: float) -> nn.Module:
         width = stage.width
         mixer: nn.Module | None = None
@@ -74,7 +74,7 @@ def _blocks(num_states: int) -> Callable[[Stage, int, float], nn.Module]:
 def mamba_tiny(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings: Any) -> MambaEncoder:
     """For 64 px on a CPU: state spaces on 8x8 tokens, attention on 4x4."""
     stages = [Stage("convolution", 48, 1), Stage("ssd", 96, 2), Stage("attention", 160, 2)]
-    return MambaEncoder(stages, _blocks(16), nn.GELU, num_classes, drop_path_rate)
+    return MambaEncoder(stages, _blocks_v1(16), nn.GELU, num_classes, drop_path_rate)
 
 
 @register_model
@@ -86,4 +86,4 @@ def mamba_small(num_classes: int = 1000, drop_path_rate: float = 0.0, **settings
         Stage("ssd", 320, 10),
         Stage("attention", 512, 3),
     ]
-    return MambaEncoder(stages, _blocks(32), nn.GELU, num_classes, drop_path_rate)
+    return MambaEncoder(stages, _blocks_v1(32), nn.GELU, num_classes, drop_path_rate)

@@ -1,12 +1,8 @@
-# ruff: noqa: N803, N806 - the letters are those of the papers
-"""State-space scans: what they are, in plain PyTorch, and the CUDA kernels of mamba-ssm that compute the same.
+# ruff: noqa: N803 - the letters are those of the papers
+"""State-space scans as encoders ask for them: by what is written plainly in plain_scans.py, or by CUDA kernels that
+compute the same. The letters are those of that module.
 
-Selective scan (Mamba: Gu and Dao 2023, arXiv 2312.00752, section 3): every channel has N states, each with a decay of
-its own. SSD (Mamba-2: Dao and Gu 2024, arXiv 2405.21060, section 6): one decay per head, so that the scan is a product
-with a masked matrix. An image has no first pixel, so SSD here runs in both directions with the same decays.
-
-Letters: b batch, L sequence, D channels, H heads, P channels of a head, N states. Decays are computed in float32 at
-least. `selective_scan` and `ssd` take the path that `selective_scan_path` and `ssd_path` name:
+`selective_scan` and `ssd` take the path that `selective_scan_path` and `ssd_path` name:
 
     selective scan   "kernel" on CUDA where mamba-ssm has it, otherwise "sequential" in training and, where no gradient
                      is asked for, "doubling", which an export can hold
@@ -26,13 +22,21 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reinforce import process
 from reinforce.errors import MissingExtra
+from train.students.plain_scans import (
+    CHUNK,
+    both_ways,
+    log_decays_of,
+    running_sum,
+    selective_scan_doubling,
+    selective_scan_sequential,
+    ssd_chunks,
+    ssd_product,
+)
 
-CHUNK = 64  # tokens; one CPU core takes 256 tokens in chunks of 64 in a fifth of the time of one product of 256
 KERNEL_CHUNK = 256  # as Mamba-2 has it
 SELECTIVE_SCAN = "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"
 PLAIN_SELECTIVE_SCAN = "sequential, without gradients doubling"
@@ -145,66 +149,6 @@ def _selective_scan_kernel(*args: Any) -> Tensor:
     return y
 
 
-def selective_scan_sequential(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *more: Any) -> Tensor:
-    """`selective_scan`, step by step: its definition. It holds b L D N numbers."""
-    return _selective_scan(_step_by_step, u, delta, A, B, C, *more)
-
-
-def selective_scan_doubling(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *more: Any) -> Tensor:
-    """`selective_scan` in log2(L) sweeps over all steps at once (Hillis and Steele 1986), without a loop over L.
-
-    After a sweep each step has what the 1, 3, 7, .. steps before it add. Products of decays only shrink.
-    """
-    return _selective_scan(_by_doubling, u, delta, A, B, C, *more)
-
-
-def _selective_scan(
-    states_of: Callable[[Tensor, Tensor], Tensor],
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> Tensor:
-    wide = _wide(u.dtype)
-    steps = delta.to(wide)
-    if delta_bias is not None:
-        steps = steps + delta_bias.unsqueeze(-1)
-    if delta_softplus:
-        steps = F.softplus(steps)
-    steps = steps.transpose(1, 2)  # (b, L, D)
-    decays = (steps.unsqueeze(-1) * A).exp()  # (b, L, D, N)
-    inputs = (steps * u.to(wide).transpose(1, 2)).unsqueeze(-1) * B.to(wide).transpose(1, 2).unsqueeze(2)
-    y = torch.einsum("bldn,bnl->bdl", states_of(decays, inputs), C.to(wide))
-    if D is not None:
-        y = y + D.unsqueeze(-1) * u
-    if z is not None:
-        y = y * F.silu(z)
-    return y.to(u.dtype)
-
-
-def _step_by_step(decays: Tensor, inputs: Tensor) -> Tensor:
-    states = [inputs[:, 0]]
-    for decay, new in zip(decays.unbind(1)[1:], inputs.unbind(1)[1:], strict=True):
-        states.append(torch.addcmul(new, decay, states[-1]))
-    return torch.stack(states, 1)
-
-
-def _by_doubling(decays: Tensor, inputs: Tensor) -> Tensor:
-    length, shift = inputs.shape[1], 1
-    while shift < length:
-        earlier, later = slice(None, length - shift), slice(shift, None)
-        reached = inputs[:, later] + decays[:, later] * inputs[:, earlier]
-        decays = torch.cat([decays[:, :shift], decays[:, later] * decays[:, earlier]], 1)
-        inputs = torch.cat([inputs[:, :shift], reached], 1)
-        shift *= 2
-    return inputs
-
-
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Bidirectional SSD, y (b, L, H, P): `y_i = sum_j exp(A sum_k dt_k) (C_i . B_j) dt_j x_j`.
 
@@ -223,134 +167,21 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return y
 
 
-def ssd_causal(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The forward scan of `ssd`, step by step: `h_i = exp(dt_i A) h_(i-1) + dt_i x_i B_i^T`, `y_i = h_i C_i`."""
-    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
-    out = []
-    for i in range(x.shape[1]):
-        decay = (dt[:, i] * A).exp()[..., None, None]
-        new = torch.einsum("bhp,bn->bhpn", x[:, i] * dt[:, i, :, None], B[:, i])
-        state = decay * state + new
-        out.append(torch.einsum("bhpn,bn->bhp", state, C[:, i]))
-    return torch.stack(out, 1)
-
-
-def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """`ssd` as two scans: its definition."""
-    return _both_ways(ssd_causal, x, dt, A, B, C)
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """`ssd` as two scans of mamba-ssm, linear in L. CUDA only."""
     scan = kernel(CHUNK_SCAN)
     assert scan is not None
-    return _both_ways(
+    return both_ways(
         lambda x, dt, A, B, C: scan(x, dt, A, B.unsqueeze(2), C.unsqueeze(2), KERNEL_CHUNK),
         *(x, dt, A, B.to(x.dtype), C.to(x.dtype)),
     )
 
 
-def _both_ways(scan: Callable[..., Tensor], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    backward = scan(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1)).flip(1)
-    diagonal = (B * C).sum(-1)[..., None, None] * dt.unsqueeze(-1) * x
-    return scan(x, dt, A, B, C) + backward - diagonal.to(x.dtype)
-
-
-def ssd_product(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """`ssd` as one masked product, `((C B^T) o decays) (dt x)`: quadratic in L, without a scan."""
-    log_decays = _log_decays(dt, A).transpose(1, 2)  # (b, H, L)
-    until = _running_sum(log_decays)  # with itself
-    weights = (C @ B.mT).unsqueeze(1) * _decays(until, until - log_decays)  # (b, H, L, L)
-    inputs = (x * dt.unsqueeze(-1)).transpose(1, 2)  # (b, H, L, P)
-    return (weights.to(x.dtype) @ inputs.to(x.dtype)).transpose(1, 2)
-
-
 def ssd_tiles(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """`ssd` as the product, whose mask is never written: our own kernel."""
     assert own is not None
-    log_decays = _log_decays(dt, A).transpose(1, 2)
-    until = _running_sum(log_decays)
+    log_decays = log_decays_of(dt, A).transpose(1, 2)
+    until = running_sum(log_decays)
     y: Tensor = own.ssd(x, dt.float(), until, until - log_decays, B.to(x.dtype), C.to(x.dtype))
     return y
-
-
-def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = CHUNK) -> Tensor:
-    """`ssd` for long sequences, linear in L: a product within each chunk, states carried from chunk to chunk.
-
-    What is carried forwards and what is carried backwards are one state of 2 N numbers for each channel.
-    """
-    length, num_states = x.shape[1], B.shape[-1]
-    x, dt, B, C = (_chunked(t, -length % chunk, chunk) for t in (x, dt, B, C))  # (b, chunks, chunk, ..)
-    log_decays = _log_decays(dt, A).transpose(2, 3)  # (b, chunks, H, chunk)
-    until = _running_sum(log_decays)  # with itself
-    before, total = until - log_decays, until[..., -1:]
-    inputs = (x * dt.unsqueeze(-1)).transpose(2, 3).contiguous()  # (b, chunks, H, chunk, P)
-    B, C = B.unsqueeze(2), C.unsqueeze(2)  # for all heads
-    near = ((C @ B.mT) * _decays(until, before)).to(x.dtype) @ inputs.to(x.dtype)
-    into = _both(B, total - until, before)
-    handed_on = inputs.mT @ into.to(inputs.dtype)  # (b, chunks, H, P, 2 N)
-    whole = total.exp().unsqueeze(-1)
-    ahead = _carried(handed_on[..., :num_states], whole)
-    back = _carried(handed_on[..., num_states:].flip(1), whole.flip(1)).flip(1)
-    carried = torch.cat([ahead, back], -1)
-    y = near + (_both(C, until, total - before).to(carried.dtype) @ carried.mT).to(x.dtype)
-    return y.transpose(2, 3).flatten(1, 2)[:, :length]
-
-
-def _decays(until: Tensor, before: Tensor) -> Tensor:
-    """(.., L, L): what is left at i of what came at j, on both sides of the diagonal. `until` and `before` (.., L) are
-    sums of the log-decays up to each place, with its own and without.
-
-    Forwards the exponent is the sum of log-decays over j < k <= i, backwards over i <= k < j. A pair lies on one side
-    of the diagonal, so both are one exponential; on the other side each of the two is positive, and would overflow.
-    """
-    forwards = until.unsqueeze(-1) - until.unsqueeze(-2)
-    backwards = before.unsqueeze(-2) - before.unsqueeze(-1)
-    past = torch.ones(forwards.shape[-2:], dtype=torch.bool, device=until.device).tril()
-    return torch.where(past, forwards, backwards).exp()
-
-
-def _both(t: Tensor, forwards: Tensor, backwards: Tensor) -> Tensor:
-    """B or C, (b, chunks, 1, chunk, N), decayed by the exponentials of (b, chunks, H, chunk): 2 N, side by side."""
-    decays = torch.stack([forwards, backwards], -1).exp()
-    return (t.unsqueeze(-2) * decays.unsqueeze(-1)).flatten(-2)
-
-
-def _chunked(t: Tensor, missing: int, chunk: int) -> Tensor:
-    """Steps of 0 are added, which neither add nor decay."""
-    padded = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
-    return padded.reshape(t.shape[0], -1, chunk, *t.shape[2:])
-
-
-def _carried(states: Tensor, decays: Tensor) -> Tensor:
-    """What reaches each chunk from those before it, of what they hand on."""
-    carried = [torch.zeros_like(states[:, 0])]
-    for i in range(states.shape[1] - 1):
-        carried.append(torch.addcmul(states[:, i], decays[:, i], carried[-1]))
-    return torch.stack(carried, 1)
-
-
-def _running_sum(x: Tensor) -> Tensor:
-    """`x.cumsum(-1)`. The compiler of torch 2.11 fails on that one on CUDA (`SplitScan`: docs/results/gpu-h200.md)."""
-    if x.is_cuda and torch.compiler.is_compiling():
-        return running_sum_by_doubling(x, -1)
-    return x.cumsum(-1)
-
-
-def running_sum_by_doubling(x: Tensor, dim: int) -> Tensor:
-    """`x.cumsum(dim)` in log2(L) additions (Hillis and Steele 1986)."""
-    length, shift = x.shape[dim], 1
-    while shift < length:
-        reached = x.narrow(dim, shift, length - shift) + x.narrow(dim, 0, length - shift)
-        x = torch.cat([x.narrow(dim, 0, shift), reached], dim)
-        shift *= 2
-    return x
-
-
-def _log_decays(dt: Tensor, A: Tensor) -> Tensor:
-    return (dt * A).to(_wide(dt.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
