@@ -6,7 +6,8 @@
     scans       SSD as product, in chunks, by mamba-ssm's Triton kernel and by ours against its definition: values,
                 gradients, ms; and our depthwise convolution against torch's
     run         `clip-reinforce run` without Ray: two teachers and a captioner of random weights, a thousand pictures
-    pipeline    the same work in this process, by number of threads: images a second, what is waited for; same bytes?
+    pipeline    the same work in this process, by number of processes that make views: images a second, what is waited
+                for; same bytes?
     teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32; which kernels take it
     captions    CoCa: first call, cached decoding under autocast and with weights held, open_clip's way
     losses      of a large batch, forwards and backwards, against whole matrices
@@ -51,6 +52,7 @@ from reinforce.models.device import card, pick_device
 from reinforce.models.ensemble import Answers
 from reinforce.models.flops import tflop
 from reinforce.models.frozen import FrozenModel
+from reinforce.run.view_processes import ViewProcesses
 from reinforce.run.worker import Worker
 from reinforce.store.store import Store
 from train import latency
@@ -87,7 +89,7 @@ class Sizes:
     view_px: int = 224
     tars: int = 2
     batches: int = 2  # of each tar
-    threads: tuple[int, ...] = (8, 14)
+    processes: tuple[int, ...] = (8, 14)  # that make views
     captioner: str = "coca_ViT-L-14"
     captions: int = 5
     caption_tokens: int = 30
@@ -113,7 +115,7 @@ SMALL = Sizes(
     views=2,
     view_px=64,
     batches=1,
-    threads=(1, 2),
+    processes=(0, 2),
     captioner=f"local-dir:{MODELS / 'coca'}",
     captions=2,
     caption_tokens=6,
@@ -340,7 +342,7 @@ def run(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda
 
 @app.command()
 def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda") -> None:
-    """One worker, loaded once, and a store for each number of threads."""
+    """One worker, loaded once, and a store for each number of processes."""
     answer, sizes, place, _ = begin("pipeline", out, small, device)
     work = out / "work"
     listed = shards.expand(pictures(work, sizes))
@@ -357,10 +359,10 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     stages = tflop_by_stage(worker, set(worker.columns))
     work_tflop = sum(of["tflop"] for of in stages.values())
     answer.add(tflop_an_image={name: of["tflop"] for name, of in stages.items()})
-    for threads, tars in ((sizes.threads[-1], listed[:1]), *((threads, listed) for threads in sizes.threads)):
+    for number, tars in ((sizes.processes[-1], listed[:1]), *((number, listed) for number in sizes.processes)):
         spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0, "captions_s": 0.0}
-        worker.threads = threads
-        folder = work / f"stores/{threads}"
+        worker.view_processes = ViewProcesses(number, sizes.batch, worker.sides()) if number else None
+        folder = work / f"stores/{number}"
         worker.store = Store(str(folder))
         worker.store.promise(worker.manifest)
         for shard in worker.store.shards():
@@ -370,7 +372,7 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
             reports = list(pool.map(worker.reinforce, tars))
         seconds = time.monotonic() - start
         read = sum(report.read for report in reports)
-        row: dict[str, Any] = {"threads": threads, "images": read, "seconds": seconds, **spent}
+        row: dict[str, Any] = {"view_processes": number, "images": read, "seconds": seconds, **spent}
         row["images_per_s"] = read / seconds
         row["without_models_s"] = seconds - sum(spent.values())  # decoding, views and writing that nothing hid
         row["share_of_product"] = read * work_tflop / seconds / ceiling(out)

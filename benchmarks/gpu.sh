@@ -33,14 +33,13 @@ step() {
 
 step 60 "$out" card card
 waiting=
-step 100 "$out/first" scans scans &
-waiting="$waiting $!"
+[ -n "$small" ] || { step 100 "$out/first" scans scans & waiting="$waiting $!"; }
 for student in $compiled; do
     name=${student%:*}
-    step 100 "$out/first" "latency-$name" latency "$name" --size "${student#*:}" &
+    step 170 "$out/first" "latency-$name" latency "$name" --size "${student#*:}" &
     waiting="$waiting $!"
 done
-step 150 "$out" run run
+step 170 "$out" run run
 for pid in $waiting; do wait "$pid"; done
 
 step 90 "$out" scans scans

@@ -79,7 +79,7 @@ class Worker:
         self.columns = columns(recipe, (stored or self.manifest).format_version)
         self._models = threading.Lock()
         num = view_processes(device) if options.view_processes is None else options.view_processes
-        self.view_processes = ViewProcesses(num, recipe.batch_size, self._sides()) if num else None
+        self.view_processes = ViewProcesses(num, recipe.batch_size, self.sides()) if num else None
         classes = self.store.missing(CLASSES, class_columns(recipe))
         if stored or classes:
             self.promise()
@@ -134,7 +134,7 @@ class Worker:
             embedding_loss={} if refusal else work.lost,
         )
 
-    def _sides(self) -> dict[str, set[int]]:
+    def sides(self) -> dict[str, set[int]]:
         """In what sizes views of each set can be asked for."""
         of_teachers = {teacher.image_px for teacher in self.teachers.values()}
         return {name: of_teachers | {view_set.view_px} for name, view_set in self.recipe.view_sets.items()}
