@@ -1,5 +1,6 @@
 """What all commands share: how trees and errors are shown, and the options that are the same everywhere."""
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,25 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
+
+REMEDIES = {
+    errno.ENOSPC: "free some room there, or write somewhere else, and run the same command again",
+    errno.EDQUOT: "free some room there, or write somewhere else, and run the same command again",
+    errno.EACCES: "ask for the right to it, or write somewhere else",
+    errno.EPERM: "ask for the right to it, or write somewhere else",
+    errno.EROFS: "it can only be read; write somewhere else",
+}
+
+
+def _of_the_machine(error: OSError) -> str:
+    """What went wrong, where, and what to do."""
+    told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return f"{told}; {REMEDIES.get(error.errno or 0, 'see that it can be reached, and run the same command again')}"
+
+
+def home(path: Path) -> Path:
+    """A path in which `~` stands for the home folder: a shell leaves it where it follows `=`, fsspec does not."""
+    return path.expanduser()
 
 
 def own_version() -> str:
@@ -91,6 +111,12 @@ def errors_as_sentences() -> Iterator[None]:
             error, Corrupt
         )
         sys.exit(2 if request_was_wrong else 1)
+    except BrokenPipeError:  # whoever read what is printed has seen enough: `.. | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {_of_the_machine(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -21,6 +21,7 @@ from reinforce.terminal import (
     SetOption,
     VersionOption,
     errors_as_sentences,
+    home,
     show,
     start,
     typed,
@@ -53,7 +54,7 @@ def fit(
         str | None, typer.Option(help="what teachers know about these tars; without it, set distill=0")
     ] = None,
     student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; else the recipe's")] = None,
-    out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, curves, the student")] = Path(
+    out: Annotated[Path, typer.Option(callback=home, help="folder of the run: curves, checkpoints, student")] = Path(
         "runs/latest"
     ),
     recipe: Annotated[
@@ -111,7 +112,9 @@ def eval_(
 @app.command()
 def export(
     student: StudentArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; it must not exist yet, or be empty")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", callback=home, help="folder to write; it must not exist yet, or be empty")
+    ],
     json_: JsonOption = False,
 ) -> None:
     """Write a student as an open_clip folder and as ONNX, and check that both give what the student gives.
@@ -183,7 +186,7 @@ def adapt(
         str | None, typer.Option(help="an open_clip model, or local-dir:FOLDER; without it, the recipe's")
     ] = None,
     pretrained: Annotated[str | None, typer.Option(help="the teacher's weights: a tag of open_clip, or a file")] = None,
-    out: Annotated[Path, typer.Option(help="the file that is written")] = Path("runs/prompts.safetensors"),
+    out: Annotated[Path, typer.Option(callback=home, help="the file to write")] = Path("runs/prompts.safetensors"),
     recipe: Annotated[
         str, typer.Option(help="name of a recipe with an ADAPTATION, or a path: mine.py, mine.json")
     ] = "comkd",

@@ -113,6 +113,13 @@ class Training(ABC, Generic[P]):
 
         Raises Diverged where a loss is NaN or infinite.
         """
+        try:
+            return self._run(step)
+        except OSError as error:
+            error.filename = error.filename or str(self.out)  # a full disk does not say which it is
+            raise
+
+    def _run(self, step: int) -> Ended:
         if self.ranks.is_first:
             self.out.mkdir(parents=True, exist_ok=True)
             saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}

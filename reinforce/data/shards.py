@@ -19,6 +19,7 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.data import tars
+from reinforce.data.remote import as_os_errors
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
@@ -128,9 +129,10 @@ def _urls(pattern: str) -> Iterator[str]:
         if "*" not in url and not local:
             yield url
             continue
-        files, path = fsspec.core.url_to_fs(url)
         try:
-            found = sorted(files.glob(path)) if "*" in url else [path] if files.isfile(path) else []
+            with as_os_errors():
+                files, path = fsspec.core.url_to_fs(url)
+                found = sorted(files.glob(path)) if "*" in url else [path] if files.isfile(path) else []
         except OSError as error:
             raise ConfigError(f"{url}: cannot be listed: {error}; check the address and your access to it") from error
         if not found and url and files.isdir(path):
@@ -201,9 +203,10 @@ def stamp(url: str) -> dict[str, int | str]:
                 ends = first + file.read(_END)
         else:
             length = tar_bytes(url)
-            files, path = fsspec.core.url_to_fs(url)
-            first = files.cat_file(path, start=0, end=min(_END, length))
-            ends = first + files.cat_file(path, start=max(0, length - _END), end=length)
+            with as_os_errors():
+                files, path = fsspec.core.url_to_fs(url)
+                first = files.cat_file(path, start=0, end=min(_END, length))
+                ends = first + files.cat_file(path, start=max(0, length - _END), end=length)
     except OSError as error:
         raise _unreachable(url, error) from error
     return {"bytes": length, "ends": hashlib.sha256(ends).hexdigest()[:32]}
@@ -212,8 +215,12 @@ def stamp(url: str) -> dict[str, int | str]:
 def tar_bytes(url: str) -> int:
     """The length of a tar. Raises ShardError where it cannot be reached."""
     try:
-        files, path = fsspec.core.url_to_fs(url)
-        return int(files.size(path))
+        with as_os_errors():
+            files, path = fsspec.core.url_to_fs(url)
+            length = files.size(path)
+        if length is None:
+            raise OSError("the server does not say how long it is")
+        return int(length)
     except OSError as error:
         raise _unreachable(url, error) from error
 

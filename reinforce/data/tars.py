@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import fsspec
 
+from reinforce.data.remote import as_os_errors
 from reinforce.errors import ShardError
 
 # What tarfile and the file systems below it raise on damaged or unreachable bytes; found by fuzzing.
@@ -25,6 +26,7 @@ def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, tupl
     """
     try:
         with (
+            as_os_errors(),
             fsspec.open(url, "rb") as file,
             tarfile.open(fileobj=_File(file), mode="r|", tarinfo=_Header, **_NAMES) as tar,
         ):
@@ -56,7 +58,7 @@ def places(path: str) -> Iterator[tuple[str, tuple[int, int]]]:
 
 def write(path: str, files: Iterable[tuple[str, bytes]]) -> None:
     """A tar of (name, bytes), the same bytes for the same files: their owner and time are 0."""
-    with fsspec.open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+    with as_os_errors(), fsspec.open(path, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for name, data in files:
             member = tarfile.TarInfo(name)
             member.size = len(data)

@@ -224,4 +224,5 @@ def _ray(num_workers: int) -> Any:
 
 
 def _absolute(url: str) -> str:
-    return url if "://" in url or "::" in url else os.path.abspath(url)
+    """As fsspec takes it in this process: in a worker's, `.` is another folder."""
+    return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))

@@ -3,6 +3,7 @@
 A worker that is given two shards at a time reads the one while it computes the other, and computes while it writes.
 """
 
+import errno
 import os
 import threading
 import time
@@ -123,6 +124,11 @@ class Worker:
                 return self.reinforce(shard)  # another writer's captions were first: embed those
         except ManifestMismatch as error:
             refusal = str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # To compute it all again, as for another fault, would only find the disk full again.
+            refusal = f"no room for its columns in {self.store.url} ({error.strerror}); free some, and run again"
         return ShardReport(
             shard.name,
             read=len(work.rows.keys),

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from reinforce.data.remote import as_os_errors
 from reinforce.errors import ConfigError, StoreError
 
 PARTIAL = ".partial"  # where objects of a local store wait until they are whole
@@ -40,6 +41,7 @@ class Objects:
         # Otherwise s3fs asks for the size of each object first, to read a large one in parts at once.
         self._in_one_request = {"max_concurrency": 1} if "s3" in self._fs.protocol else {}
 
+    @as_os_errors()
     def get(self, path: str) -> bytes:
         """Raises FileNotFoundError."""
         try:
@@ -51,6 +53,7 @@ class Objects:
             raise StoreError(f"{self.url} is a file, and a store is a folder; give another STORE") from None
         return data
 
+    @as_os_errors()
     def exists(self, path: str) -> bool:
         there = os.path.exists if self.local else self._fs.exists
         return bool(there(self._at(path)))
@@ -63,10 +66,12 @@ class Objects:
             return {path for path in paths if os.path.exists(f"{root}/{path}")}
         return set(self.tree(folder)).intersection(paths)
 
+    @as_os_errors()
     def size(self, path: str) -> int:
         """Bytes."""
         return int(self._fs.size(self._at(path)))
 
+    @as_os_errors()
     def total_bytes(self, folder: str) -> int:
         """Of all objects in a folder and the folders in it."""
         try:
@@ -81,6 +86,7 @@ class Objects:
     def folders(self, folder: str = "") -> list[str]:
         return self._names(folder, "directory")
 
+    @as_os_errors()
     def tree(self, folder: str) -> list[str]:
         """The paths of all objects in a folder and the folders in it, from there."""
         try:
@@ -89,6 +95,7 @@ class Objects:
             return []
         return sorted(path.removeprefix(f"{self._at(folder)}/") for path in found)
 
+    @as_os_errors()
     def create(self, path: str, *parts: bytes) -> bool:
         """Put an object, its parts one after the other, whole or not at all. Gives False where there is one by that
         name already, which stays."""
@@ -105,11 +112,13 @@ class Objects:
             self._fs.pipe_file(self._at(path), data)
         return True
 
+    @as_os_errors()
     def remove(self, path: str) -> None:
         """An object that is gone already is no error."""
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._at(path))
 
+    @as_os_errors()
     def remove_folder(self, path: str) -> None:
         """A folder with all that is in it."""
         with suppress(FileNotFoundError):
@@ -149,6 +158,7 @@ class Objects:
             if os.path.exists(partial):
                 os.unlink(partial)
 
+    @as_os_errors()
     def _names(self, folder: str, kind: str) -> list[str]:
         if self.local:  # a twentieth of the time that fsspec takes, and a store has a folder for each shard
             try:

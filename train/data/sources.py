@@ -20,8 +20,9 @@ import numpy as np
 
 from reinforce.config import ORIGINAL
 from reinforce.data import augment, draws, images, shards
+from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import Place, Shard, Status
-from reinforce.errors import ConfigError, ManifestMismatch, SampleError
+from reinforce.errors import ConfigError, ManifestMismatch, SampleError, ShardError
 from reinforce.progress import Progress
 from reinforce.store.columns import DIGEST, KEY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
@@ -245,7 +246,10 @@ def _places(located: list[Place]) -> np.ndarray:
 
 
 def local_copy(url: str, cache_dir: str | None) -> str:
-    """The path of a local tar; of a remote one, that of its copy, which is fetched the first time and stays."""
+    """The path of a local tar; of a remote one, that of its copy, which is fetched the first time and stays.
+
+    Raises ShardError where it cannot be fetched.
+    """
     if fsspec.utils.get_protocol(url) in ("file", "local"):
         return url
     folder = Path(cache_dir or Path(tempfile.gettempdir()) / "clip-reinforce")
@@ -253,9 +257,16 @@ def local_copy(url: str, cache_dir: str | None) -> str:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{uuid.uuid4().hex}")  # another process may be fetching it as well
-        files, remote = fsspec.core.url_to_fs(url)
-        files.get_file(remote, str(partial))
-        os.replace(partial, path)
+        try:
+            with as_os_errors():
+                files, remote = fsspec.core.url_to_fs(url)
+                files.get_file(remote, str(partial))
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ShardError(
+                f"{url}: cannot be fetched to {folder}: {error}; check the address, your access and the room there"
+            ) from error
     return str(path)
 
 

@@ -141,7 +141,7 @@ def names() -> list[str]:
 
 def find(name: str) -> Path:
     """The folder of a student of the table, or `name` itself where it is a folder. Raises ConfigError."""
-    for folder in (CONFIGS / name, Path(name)):
+    for folder in (CONFIGS / name, Path(name).expanduser()):
         if (folder / CONFIG).is_file():
             return folder
     near = difflib.get_close_matches(name, names(), n=3)

@@ -1,0 +1,162 @@
+"""What the machine and the network do wrong is a sentence: full disks, cut connections, servers that say no."""
+
+import errno
+import functools
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.config import Recipe, RunOptions
+from reinforce.data.remote import as_os_errors
+from reinforce.errors import ShardError
+from reinforce.run import driver
+from reinforce.run.on_ray import _absolute
+from reinforce.store import objects
+from reinforce.store.store import Store
+from reinforce.terminal import errors_as_sentences
+from tests import tiny
+from tests.conftest import Reinforced
+from tests.processes import ROOT, here
+from train.__main__ import app as train
+from train.data.sources import local_copy
+
+RUN = RunOptions(workers="0", device="cpu")
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """`cut` tars end in the middle, `secret` ones may not be had."""
+
+    def log_message(self, *told: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        if "secret" in self.path:
+            self.send_error(401)
+        elif "cut" in self.path:
+            data = Path(self.directory, self.path[1:]).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            super().do_GET()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    for name in ("whole", "cut", "secret"):
+        tiny.tar(tmp_path / f"served/{name}.tar", 5)
+    handler = functools.partial(Server, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_connection_that_breaks_costs_its_own_shard(served: str, recipe: Recipe, tmp_path: Path) -> None:
+    tars = "::".join(f"{served}/{name}.tar" for name in ("cut", "whole", "secret", "nowhere"))
+    report = driver.run(tars, str(tmp_path / "s"), recipe, RUN)
+    told = {failure.shard: failure for failure in report.failed}
+    assert report.done == 1 and set(told) == {"cut", "secret", "nowhere"}
+    assert told["cut"].attempts == 3 and "ClientPayloadError" in told["cut"].reason and "cut.tar" in told["cut"].reason
+    assert "401" in told["secret"].reason or "Unauthorized" in told["secret"].reason
+    assert "nowhere.tar" in told["nowhere"].reason
+
+
+@pytest.mark.parametrize("name", ["cut", "secret", "nowhere"])
+def test_a_training_says_what_it_cannot_fetch(served: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=rf"{name}.tar: cannot be fetched to .*; check the address, your access and"):
+        local_copy(f"{served}/{name}.tar", str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())  # nothing half is left, to be taken for the whole
+    assert Path(local_copy(f"{served}/whole.tar", str(tmp_path / "cache"))).stat().st_size
+
+
+def test_faults_of_ours_stay_what_they_are() -> None:
+    with pytest.raises(KeyError), as_os_errors():
+        raise KeyError("a fault of ours")
+    foreign = type("ClientError", (Exception,), {"__module__": "botocore.exceptions"})
+    with pytest.raises(OSError, match="^ClientError: no credentials$"), as_os_errors():
+        raise foreign("no credentials")
+    missing = FileNotFoundError(errno.ENOENT, "No such file", "x")
+    with pytest.raises(FileNotFoundError), as_os_errors():
+        raise missing
+
+
+def test_a_full_disk_is_not_tried_again(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars = "::".join(tiny.tar(tmp_path / f"{i:05d}.tar", 4, seed=i) for i in range(2))
+    opened, room = objects._opened, [9]
+
+    def full(partial: str) -> Any:
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(partial)
+
+    monkeypatch.setattr(objects, "_opened", full)
+    report = driver.run(tars, str(tmp_path / "s"), recipe, RUN)
+    assert report.done == 0 and [failure.attempts for failure in report.failed] == [1, 1]
+    assert all(
+        "no room for its columns in" in f.reason and "free some, and run again" in f.reason for f in report.failed
+    )
+    monkeypatch.setattr(objects, "_opened", opened)
+    assert driver.run(tars, str(tmp_path / "s"), recipe, RUN).done == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system wants root")
+def test_a_training_on_a_full_disk(reinforced: Reinforced, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        (small / "fill").write_bytes(bytes(60 << 10))
+        asked = ["--shards", reinforced.shards, "--store", reinforced.store, "--student", reinforced.student]
+        settings = [f"--set={name}" for name in ("global_batch_size=8", "steps=1", "workers=0", "streams=4")]
+        code, _, err = here(train, "fit", *asked, *settings, "--out", str(small / "run"))
+        assert code == 1 and f"{small / 'run'}: No space left on device; free some room there" in err, err
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied; ask for the right to it"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: Read-only file system; it can only be read"),
+        (OSError("ClientError: 503"), "ClientError: 503; see that it can be reached, and run the same command again"),
+    ],
+)
+def test_what_the_machine_does_is_said(error: OSError, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, errors_as_sentences():
+        raise error
+    assert ended.value.code == 1 and f"error: {told}" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """`clip-reinforce recipe sample | head -1`."""
+    command = f"{sys.executable} -m reinforce recipe sample | head -c 20"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert len(done.stdout) == 20 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_home_is_the_same_place_for_all(
+    reinforced: Reinforced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a shell leaves `~` to us: `--store=~/s`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert _absolute("~/s") == Store("~/s").objects.root == str(tmp_path / "s")
+    assert _absolute("s3://b/~/s") == "s3://b/~/s"
+    (tmp_path / "student").symlink_to(reinforced.student)
+    (tmp_path / "store").symlink_to(reinforced.store)
+    asked = ["--shards", reinforced.shards, "--store=~/store", "--student=~/student", "--out=~/run"]
+    settings = [f"--set={name}" for name in ("global_batch_size=8", "steps=1", "workers=0", "streams=4")]
+    code, _, err = here(train, "fit", *asked, *settings)
+    assert code == 0, err
+    assert (tmp_path / "run/student").is_dir() and not (tmp_path / "~").exists()
