@@ -15,7 +15,8 @@ import pytest
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.remote import as_os_errors
-from reinforce.errors import ShardError
+from reinforce.data.shards import expand
+from reinforce.errors import ConfigError, ShardError
 from reinforce.run import driver
 from reinforce.run.on_ray import _absolute
 from reinforce.store import objects
@@ -26,6 +27,7 @@ from tests.conftest import Reinforced
 from tests.processes import ROOT, here
 from train.__main__ import app as train
 from train.data.sources import local_copy
+from train.evaluation.sets import EvalSet
 
 RUN = RunOptions(workers="0", device="cpu")
 
@@ -160,3 +162,33 @@ def test_home_is_the_same_place_for_all(
     code, _, err = here(train, "fit", *asked, *settings)
     assert code == 0, err
     assert (tmp_path / "run/student").is_dir() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("x/0.tar.gz", "x/0.tar.gz is compressed, .* unpack it to NAME.tar"),
+        ("https://h/0.tgz?download=true", "0.tgz.download=true is compressed"),
+        ("pipe:aws s3 cp s3://b/0.tar -", "pipes are not read; name the file itself, as s3://BUCKET/NAME.tar"),
+    ],
+)
+def test_what_is_no_shard_is_told_why(pattern: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/0.tar.gz").write_bytes(b"")
+    with pytest.raises(ConfigError, match=told):
+        expand(pattern)
+
+
+def test_an_address_may_be_signed(served: str, recipe: Recipe, tmp_path: Path) -> None:
+    [shard] = expand(f"{served}/whole.tar?X-Signature=a/b.c&download=true")
+    assert shard.name == "whole"
+    report = driver.run(f"{served}/whole.tar?X-Signature=a/b.c&download=true", str(tmp_path / "s"), recipe, RUN)
+    assert (report.done, report.valid) == (1, 5)
+
+
+def test_a_page_in_place_of_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/nshards.txt").write_text("<!doctype html>\n<p>wait")
+    with pytest.raises(ConfigError, match=r"is a page about the file; .* give .../resolve/main"):
+        EvalSet(str(tmp_path))

@@ -25,6 +25,7 @@ from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
 CAPTIONS = ("txt", "json")
 _END = 1 << 14  # bytes at either end of a tar that its stamp looks at
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _META = re.compile(r"__[^/]*__(/|$)")
 
 T = TypeVar("T")
@@ -98,8 +99,13 @@ def expand(patterns: str) -> list[Shard]:
     shards: dict[str, Shard] = {}
     for pattern in patterns.split("::"):
         for url in _urls(pattern):
-            name = url.rpartition("/")[2].removesuffix(".tar")
-            if not url.endswith(".tar") or not name or name.startswith((".", "__")):
+            address = url.partition("?")[0] if "://" in url else url  # a signed one has its signature behind
+            name = address.rpartition("/")[2].removesuffix(".tar")
+            if address.endswith(_COMPRESSED):
+                raise ConfigError(
+                    f"{url} is compressed, and images are read from where they lie in a tar; unpack it to NAME.tar"
+                )
+            if not address.endswith(".tar") or not name or name.startswith((".", "__")):
                 raise ConfigError(
                     f"{url}: a shard is a file NAME.tar, its name not starting with '.' or '__'; "
                     "rename it, or write a pattern that leaves it out, such as 'DIR/*.tar'"
@@ -119,6 +125,8 @@ def _urls(pattern: str) -> Iterator[str]:
     except ValueError as error:
         raise ConfigError(f"{pattern}: {error}; write braces as {{00000..00127}} or {{a,b}}") from None
     for url in urls:
+        if url.startswith("pipe:"):
+            raise ConfigError(f"{url}: pipes are not read; name the file itself, as s3://BUCKET/NAME.tar")
         protocol = fsspec.utils.get_protocol(url)
         try:
             local = issubclass(fsspec.get_filesystem_class(protocol), LocalFileSystem)

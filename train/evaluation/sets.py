@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from reinforce.data import images, shards
+from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import ConfigError, MissingExtra, SampleError
 from reinforce.models.open_clip import open_clip
@@ -168,7 +169,8 @@ class _Folder:
     def text(self, name: str) -> str | None:
         """The text of a file, None where there is none."""
         try:
-            data: bytes = self.files.cat_file(f"{self.path}/{name}")
+            with as_os_errors():
+                data: bytes = self.files.cat_file(f"{self.path}/{name}")
             return data.decode("utf-8-sig")
         except FileNotFoundError:
             return None
@@ -179,6 +181,7 @@ class _Folder:
         text = self.text(name)
         return None if text is None else [line.strip() for line in text.rstrip().splitlines()]
 
+    @as_os_errors()
     def exists(self, name: str) -> bool:
         return bool(self.files.exists(f"{self.path}/{name}"))
 
@@ -190,6 +193,8 @@ def _shards(folder: _Folder, split: str) -> list[Shard]:
         raise ConfigError(
             f"{where}: not found; an evaluation set is a folder in CLIP_benchmark's layout, or tars as 'DIR/*.tar'"
         )
+    if text.lstrip().startswith("<"):
+        raise ConfigError(f"{where} is a page about the file; of a repository on Hugging Face give .../resolve/main")
     if not text.strip().isdecimal() or int(text) == 0:
         raise ConfigError(f"{where}: says '{text.strip()[:40]}'; it has to be the number of tars beside it")
     num = int(text)
