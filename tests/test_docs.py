@@ -23,6 +23,7 @@ from reinforce.__main__ import app as reinforce
 from reinforce.check.repack import repack
 from reinforce.config import RunOptions
 from reinforce.errors import ConfigError
+from reinforce.exchange.columns import export_columns
 from reinforce.recipes import load_recipe
 from reinforce.run import driver
 from reinforce.store.store import Store
@@ -65,6 +66,7 @@ def home(reinforced: Reinforced, tmp_path_factory: pytest.TempPathFactory) -> Pa
     store = shutil.copytree(reinforced.store, folder / "stores/samples.zarr")
     driver.run(last, str(store), Store(str(store)).promised().parsed_recipe(), RunOptions(workers="0", device="cpu"))
     repack(str(store), str(folder / "stores/small.zarr"), "int8")
+    export_columns(str(store), ["view/base/vit"], folder / "columns", "npy")
     return folder
 
 

@@ -3,13 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from reinforce.errors import ConfigError
 from reinforce.recipes import load_recipe
-from reinforce.terminal import JsonOption, SetOption, errors_as_sentences, show, typed
+from reinforce.terminal import JsonOption, SetOption, errors_as_sentences, home, show, typed
 
 importing = typer.Typer(no_args_is_help=True, help="Make a store of what others wrote.")
 exporting = typer.Typer(no_args_is_help=True, help="Write a store in a form that others read.")
@@ -48,7 +48,7 @@ def import_datacompdr(
 def export_datacompdr(
     store: Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")],
     shards: Annotated[str, typer.Option(help="the tars that the store was made from")],
-    out: Annotated[Path, typer.Option(help="the folder that is written")],
+    out: Annotated[Path, typer.Option(callback=home, help="the folder that is written")],
     embeddings: Annotated[str, typer.Option(help="fp32, in npz, or bf16, in pth.gz")] = "fp32",
     view_set: Annotated[str, typer.Option(help="which views are written")] = "base",
     json_: JsonOption = False,
@@ -100,6 +100,23 @@ def export_keys(
         else:
             with out.open("w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
+
+
+@exporting.command("columns")
+def export_columns(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")],
+    columns: Annotated[list[str], typer.Argument(metavar="COLUMN..", help="as view/base/vit, or '*' for all")],
+    out: Annotated[Path, typer.Option(callback=home, help="the folder that is written")],
+    form: Annotated[Literal["npy", "parquet"], typer.Option("--format", help="arrays, or tables")] = "npy",
+    json_: JsonOption = False,
+) -> None:
+    """Write columns as numpy arrays or parquet tables: good samples only, embeddings as float32."""
+    with errors_as_sentences():
+        from reinforce.exchange.columns import export_columns as run
+
+        report = run(store, columns, out, form)
+        show(asdict(report), json_)
+        raise typer.Exit(1 if report.failed else 0)
 
 
 def _widths(given: list[str]) -> dict[str, int]:
