@@ -52,7 +52,6 @@ from reinforce.models.device import card, pick_device
 from reinforce.models.ensemble import Answers
 from reinforce.models.flops import tflop
 from reinforce.models.frozen import FrozenModel
-from reinforce.run.view_processes import ViewProcesses
 from reinforce.run.worker import Worker
 from reinforce.store.store import Store
 from train import latency
@@ -351,17 +350,17 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     worker = Worker(recipe(sizes), str(work / "stores/0"), RunOptions(workers="0", device=place.type))  # type: ignore[arg-type]
     answer.add(**card(place), loading_s=time.monotonic() - before, images=num_images, views=sizes.views)
     spent: dict[str, float] = {}
-    together: Any = worker.ensemble
+    together: Any = worker.loaded.ensemble
     together.encode_images = _counted(together.encode_images, spent, "image_towers_s")
     together.encode_tokens = _counted(together.encode_tokens, spent, "text_towers_s")
-    writer: Any = worker.captioners["coca"]
+    writer: Any = worker.loaded.captioners["coca"]
     writer.caption = _timed(writer.caption, spent, "captions_s")
     stages = tflop_by_stage(worker, set(worker.columns))
     work_tflop = sum(of["tflop"] for of in stages.values())
     answer.add(tflop_an_image={name: of["tflop"] for name, of in stages.items()})
     for number, tars in ((sizes.processes[-1], listed[:1]), *((number, listed) for number in sizes.processes)):
         spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0, "captions_s": 0.0}
-        worker.view_processes = ViewProcesses(number, sizes.batch, worker.sides()) if number else None
+        worker.loaded.view_processes = worker.loaded.processes(number) if number else None
         folder = work / f"stores/{number}"
         worker.store = Store(str(folder))
         worker.store.promise(worker.manifest)

@@ -68,14 +68,14 @@ def bare(worker: Worker, num: int, num_views: int) -> float:
     batches = num // worker.recipe.batch_size
     numbers = np.random.default_rng(0).random
     total = 0.0
-    for teacher in worker.teachers.values():
+    for teacher in worker.loaded.teachers.values():
         model, side = teacher.frozen.model, teacher.image_px
         pixels = torch.randn(worker.recipe.batch_size, 3, side, side)
         tokens = teacher.frozen.tokenize(["a picture of something"] * worker.recipe.batch_size)
         for call, ready, times in ((model.encode_image, pixels, num_views), (model.encode_text, tokens, 6)):
             call(ready)
             total += cpu_seconds(partial(_repeat, partial(call, ready), batches * times))
-    captioner = worker.captioners["coca"]
+    captioner = worker.loaded.captioners["coca"]
     pictures = torch.randn(worker.recipe.batch_size, 3, captioner.frozen.image_px, captioner.frozen.image_px)
     shape = worker.recipe.batch_size, captioner.config.num_captions, captioner.config.max_tokens
     decoder = captioner.decoder(graphs=False)
@@ -99,10 +99,10 @@ def serial(worker: Worker, samples: list[Sample], folder: Path) -> None:
     for sample in samples:
         picture = images.decode(sample.image)
         size = (picture.height, picture.width)
-        texts = [sample.captions[0], *(_caption(worker.captioners["coca"], picture, i) for i in range(5))]
+        texts = [sample.captions[0], *(_caption(worker.loaded.captioners["coca"], picture, i) for i in range(5))]
         params = [augment.draw(view_set, 0, "base", sample.key, index, size) for index in range(view_set.num_views)]
         arrays = [np.stack(params)]
-        for teacher in worker.teachers.values():
+        for teacher in worker.loaded.teachers.values():
             frozen = teacher.frozen
             views = np.stack([by_torchvision(picture, row, frozen.image_px) for row in params])
             arrays.append(F.normalize(frozen.model.encode_image(frozen.normalise(torch.from_numpy(views)))).numpy())

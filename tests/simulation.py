@@ -25,6 +25,7 @@ from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data.shards import Shard
 from reinforce.errors import ReinforceError
 from reinforce.models.ensemble import Answers
+from reinforce.run.loaded import Loaded
 from reinforce.run.worker import Worker
 from reinforce.store import arrays
 from reinforce.store.arrays import Encoded, Items
@@ -251,12 +252,14 @@ def tars(folder: str) -> list[Shard]:
 def worker(objects: Objects, kind: int) -> Worker:
     """A real one but for its models, on a device of that kind."""
     made = Worker.__new__(Worker)
-    made.recipe, made.options, made.threads = RECIPE, RunOptions(device="cpu"), 1
+    made.recipe, made.options = RECIPE, RunOptions(device="cpu")
     made.store = SimulatedStore(objects)
     teachers = {name: FakeTeacher(kind) for name in RECIPE.teachers}
-    made.teachers, made.ensemble, made.views_ahead = teachers, FakeEnsemble(teachers), 2  # type: ignore[assignment]
-    made.view_processes = None
-    made.captioners = {"coca": FakeCaptioner(kind)}  # type: ignore[dict-item]
+    loaded: Any = Loaded.__new__(Loaded)
+    loaded.recipe, loaded.threads, loaded.views_ahead, loaded.view_processes = RECIPE, 1, 2, None
+    loaded.teachers, loaded.ensemble = teachers, FakeEnsemble(teachers)
+    loaded.captioners = {"coca": FakeCaptioner(kind)}
+    made.loaded = loaded
     made._models = threading.Lock()
     models: dict[str, dict[str, Any]] = {"teachers": {"one": {}, "two": {}}, "captioners": {"coca": {}}}
     made.manifest = Manifest.of(RECIPE, models)

@@ -21,7 +21,7 @@ from reinforce.models import frozen as frozen_module
 from reinforce.models.frozen import FrozenModel
 from reinforce.models.open_clip import open_clip
 from reinforce.models.teacher import Teacher
-from reinforce.run import worker
+from reinforce.run import loaded
 from reinforce.run.worker import Worker
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
@@ -145,13 +145,13 @@ def test_a_full_batch_is_not_copied_and_gives_what_a_padded_one_gives(recipe: Re
 def test_threads_are_the_share_of_a_gpu(cores: int, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert worker.decode_threads(CUDA) == expected
-    assert worker.decode_threads(CPU) == 2
+    assert loaded.decode_threads(CUDA) == expected
+    assert loaded.decode_threads(CPU) == 2
 
 
 def test_threads_that_are_asked_for_are_taken(recipe: Recipe, tmp_path: Path) -> None:
-    assert Worker(recipe, str(tmp_path / "a"), RunOptions(device="cpu", decode_threads=5)).threads == 5
-    assert Worker(recipe, str(tmp_path / "b"), RunOptions(device="cpu")).threads == 2
+    assert Worker(recipe, str(tmp_path / "a"), RunOptions(device="cpu", decode_threads=5)).loaded.threads == 5
+    assert Worker(recipe, str(tmp_path / "b"), RunOptions(device="cpu")).loaded.threads == 2
 
 
 def test_float32_on_a_gpu_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:

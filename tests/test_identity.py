@@ -116,7 +116,7 @@ def test_another_captioner_first_has_its_captions_embedded(made: Made, monkeypat
         return genuine(shard, column, array, data, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(worker.store, "commit", racing)
-    captioner = worker.captioners["coca"]
+    captioner = worker.loaded.captioners["coca"]
     monkeypatch.setattr(captioner, "caption", lambda inputs, seed, name, keys: [["other words"] * len(keys)] * 2)
     assert worker.reinforce(*expand(made.tar)).error == ""
     stored = Store(second)

@@ -18,7 +18,7 @@ from reinforce.config import Recipe, RunOptions, ViewSet
 from reinforce.data import images
 from reinforce.data.shards import Sample, expand
 from reinforce.errors import DeviceLost
-from reinforce.run import batches, worker
+from reinforce.run import batches, loaded
 from reinforce.run.batches import Batch, View
 from reinforce.run.view_processes import SLOTS, ViewProcesses
 from reinforce.run.worker import Worker
@@ -101,7 +101,7 @@ def test_a_store_holds_the_same_bytes(recipe: Recipe, tmp_path: Path, num: int) 
     for name, how_many in (("threads", None), ("processes", num)):
         options = RunOptions(device="cpu", view_processes=how_many, max_invalid=0.5)
         made = Worker(recipe, str(tmp_path / name), options)
-        assert bool(made.view_processes) == (name == "processes")
+        assert bool(made.loaded.view_processes) == (name == "processes")
         assert made.reinforce(shard).error == ""
     assert tiny.tree(tmp_path / "threads") == tiny.tree(tmp_path / "processes")
 
@@ -114,9 +114,9 @@ def test_a_gpu_has_its_share_of_the_cores(
     kind: str, cores: int, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(worker.torch.cuda, "device_count", lambda: gpus)
-    device: Any = worker.torch.device(kind)
-    assert worker.view_processes(device) == expected
+    monkeypatch.setattr(loaded.torch.cuda, "device_count", lambda: gpus)
+    device: Any = loaded.torch.device(kind)
+    assert loaded.view_processes(device) == expected
 
 
 WORKER = """

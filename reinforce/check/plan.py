@@ -144,7 +144,7 @@ def _trial(worker: Worker, shard: Shard, folder: Path, missing: set[Column]) -> 
     per_sample = first_s / max(1, first_num)
     asked = min(MOST, max(2 * worker.recipe.batch_size, int(TRIAL_S / max(per_sample, 1e-6))))
     num, seconds, chunks, metadata = _tried(worker, shard, asked, folder, missing)
-    device = next(iter(worker.teachers.values())).frozen.device
+    device = next(iter(worker.loaded.teachers.values())).frozen.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
     where = f"{place}, {num} samples, batches of {worker.recipe.batch_size}, one worker"
     return _Trial(seconds / max(1, num), chunks / max(1, num), metadata, where)
@@ -174,7 +174,7 @@ def _expected_bytes(worker: Worker, missing: set[Column]) -> tuple[float, float]
     for column in missing:
         shrunk = 1.0
         if column.teacher:
-            directions = np.random.default_rng(0).normal(size=(512, worker.teachers[column.teacher].width))
+            directions = np.random.default_rng(0).normal(size=(512, worker.loaded.teachers[column.teacher].width))
             directions /= np.linalg.norm(directions, axis=1, keepdims=True)
             array = directions.astype(ml_dtypes.bfloat16)
             shrunk = sum(map(len, arrays.encode(array, 0, worker.recipe.embeddings).parts)) / array.nbytes
@@ -185,7 +185,7 @@ def _expected_bytes(worker: Worker, missing: set[Column]) -> tuple[float, float]
 def tflop_by_stage(worker: Worker, missing: set[Column]) -> dict[str, dict[str, float]]:
     """For each model TFLOP per sample."""
     recipe, stages = worker.recipe, dict[str, dict[str, float]]()
-    for name, teacher in worker.teachers.items():
+    for name, teacher in worker.loaded.teachers.items():
         model = teacher.frozen.model
         if views := sum(v.num_views for s, v in recipe.view_sets.items() if Column("view", s, name) in missing):
             of_one = tflop(model.encode_image, _blank(teacher.frozen))
@@ -193,7 +193,7 @@ def tflop_by_stage(worker: Worker, missing: set[Column]) -> dict[str, dict[str, 
         if texts := sum(num for s, num in recipe.text_sets.items() if Column("text", s, name) in missing):
             of_one = tflop(model.encode_text, teacher.frozen.tokenize(["a"]).to(teacher.device))
             stages[f"{name}, {texts} texts"] = {"tflop": texts * of_one}
-    for name, captioner in worker.captioners.items():
+    for name, captioner in worker.loaded.captioners.items():
         if Column("text", name, "caption") in missing:
             numbers = np.zeros((1, captioner.config.num_captions, captioner.config.max_tokens))
             of_all = tflop(captioner.decoder(graphs=False).generate, _blank(captioner.frozen), numbers)
@@ -211,7 +211,10 @@ def _memory(worker: Worker, rows: int, missing: set[Column], local: bool) -> flo
     store is not on a local disk, that once more, as the object that is put. Decoded pictures and activations come on
     top."""
     sizes = [rows * _bytes_of_row(worker, column) for column in missing]
-    held = [*(t.frozen for t in worker.teachers.values()), *(c.frozen for c in worker.captioners.values())]
+    held = [
+        *(t.frozen for t in worker.loaded.teachers.values()),
+        *(c.frozen for c in worker.loaded.captioners.values()),
+    ]
     weights = sum(p.numel() * p.element_size() for frozen in held for p in frozen.model.parameters())
     return float(weights + sum(sizes) + (1 if local else 2) * max(sizes, default=0))
 
@@ -221,5 +224,5 @@ def _bytes_of_row(worker: Worker, column: Column) -> int:
         return 64
     items = column.num_items(worker.recipe)
     if column.teacher:
-        return items * 2 * int(worker.teachers[column.teacher].width)
+        return items * 2 * int(worker.loaded.teachers[column.teacher].width)
     return items * BYTES_OF_ITEM[column.part]
