@@ -129,7 +129,7 @@ def compare(shape: Shape, repeats: int) -> dict[str, float | int | str]:
     ratio = statistics.median(a / b for a, b in zip(taken["ours"], taken["plain"], strict=True))
     told |= {f"{way}_s": round(statistics.median(times), 4) for way, times in taken.items()}
     told |= {f"{way}_peak_mb": round(peak / 1e6) for way, peak in peaks.items()}
-    told |= {"time_over_plain": round(ratio, 3), "memory_over_plain": round(peaks["ours"] / peaks["plain"], 3)}
+    told |= {"time_over_plain": round(ratio, 3), "memory_over_plain": round(peaks["ours"] / max(1, peaks["plain"]), 3)}
     return told | {"largest_difference": off}
 
 

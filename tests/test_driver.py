@@ -98,7 +98,7 @@ def test_a_fault_of_the_disk_gets_another_try(
         nonlocal calls
         calls += 1
         if calls <= faults:
-            raise OSError(28, "No space left on device")
+            raise OSError(5, "Input/output error")
         return commit(*arguments, **more)
 
     monkeypatch.setattr(Store, "commit", failing)
@@ -107,7 +107,7 @@ def test_a_fault_of_the_disk_gets_another_try(
         assert (report.done, report.failed) == (1, [])
     else:
         assert report.done == 0
-        assert [(f.attempts, "No space left" in f.reason) for f in report.failed] == [(3, True)]
+        assert [(f.attempts, "Input/output error" in f.reason) for f in report.failed] == [(3, True)]
 
 
 def test_a_recipe_that_disagrees_stops_before_any_work(recipe: Recipe, tars: list[str], tmp_path: Path) -> None:
