@@ -144,7 +144,8 @@ def test_a_full_batch_is_not_copied_and_gives_what_a_padded_one_gives(recipe: Re
 @pytest.mark.parametrize(("cores", "gpus", "expected"), [(16, 1, 8), (16, 2, 6), (8, 8, 2), (2, 1, 2)])
 def test_threads_are_the_share_of_a_gpu(cores: int, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Ray lets a worker see them
+    monkeypatch.setattr(os, "listdir", lambda path: ["nvidiactl", "null", *(f"nvidia{i}" for i in range(gpus))])
     assert loaded.decode_threads(CUDA) == expected
     assert loaded.decode_threads(CPU) == 2
 

@@ -114,7 +114,7 @@ def test_a_gpu_has_its_share_of_the_cores(
     kind: str, cores: int, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    monkeypatch.setattr(loaded.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(loaded, "num_gpus", lambda: gpus)
     device: Any = loaded.torch.device(kind)
     assert loaded.view_processes(device) == expected
 

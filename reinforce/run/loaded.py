@@ -1,6 +1,7 @@
 """The models of a recipe on one device, and what makes their inputs."""
 
 import os
+import re
 
 import torch
 
@@ -55,16 +56,23 @@ class Loaded:
         return ViewProcesses(num, self.recipe.batch_size, sides)
 
 
+def num_gpus() -> int:
+    """Of the machine, at least 1. torch counts those that this process may use, and Ray gives each worker one: with
+    torch's count eight workers would each take all cores."""
+    there = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)] if os.path.isdir("/dev") else []
+    return max(1, len(there), torch.cuda.device_count())
+
+
 def decode_threads(device: torch.device) -> int:
     """Two for a CPU worker, whose models need the core. A GPU waits for two: its share of the cores, less those of the
     models and of writing, and at most 8, beyond which they stand in each other's way (docs/results/gpu-h200.md)."""
     if device.type != "cuda":
         return 2
-    return min(8, max(2, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 2))
+    return min(8, max(2, len(os.sched_getaffinity(0)) // num_gpus() - 2))
 
 
 def view_processes(device: torch.device) -> int:
     """A CPU worker's two threads do; a GPU takes more views than threads can make."""
     if device.type != "cuda":
         return 0
-    return min(16, max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 2))
+    return min(16, max(1, len(os.sched_getaffinity(0)) // num_gpus() - 2))
