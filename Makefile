@@ -29,7 +29,7 @@ require = $(if $(named),$(if $(missing),echo "make $@: name $(missing) as well; 
 everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
 .PHONY: help setup setup-gpu reinforce train verify info submit samples picture test test-fast test-slow coverage \
-	test-kernels chaos corrupt simulate check pins format bench clean
+	triton test-kernels chaos corrupt simulate check pins format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -105,8 +105,10 @@ test-slow: setup ## the tests at full architecture size: memory and minutes
 	@$(PY) -m pytest -m slow
 
 TRITON := triton==3.7.1
-test-kernels: setup ## our Triton kernels in its interpreter, and compiled for an H100; no GPU; installs Triton (700 MB)
+triton: setup
 	@$(PY) -m pip install -qq --disable-pip-version-check $(TRITON)
+
+test-kernels: triton ## our Triton kernels in its interpreter, and compiled for an H100; no GPU; installs Triton (700 MB)
 	@TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py
 
 coverage: setup ## the tests, and which lines they ran: a table, and pages in htmlcov/
