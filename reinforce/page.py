@@ -28,8 +28,9 @@ def write(out: str, template: Path, facts: dict[str, Any]) -> int:
     allowed = {kind: _allowed(text, kind) for kind in ("style", "script")}
     page = text.replace("{{policy}}", POLICY.format(**allowed)).replace("{{facts}}", _within_a_script(facts)).encode()
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_bytes(page)
+        path = Path(out).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(page)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}") from None
     return len(page)

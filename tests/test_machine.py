@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from reinforce.__main__ import app
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import expand
@@ -162,7 +163,10 @@ def test_home_is_the_same_place_for_all(
     settings = [f"--set={name}" for name in ("global_batch_size=8", "steps=1", "workers=0", "streams=4")]
     code, _, err = here(train, "fit", *asked, *settings)
     assert code == 0, err
-    assert (tmp_path / "run/student").is_dir() and not (tmp_path / "~").exists()
+    assert (tmp_path / "run/student").is_dir()
+    assert here(train, "report", str(tmp_path / "run"), "--out=~/page.html")[0] == 0
+    assert here(app, "export", "keys", "~/store", "--shards", reinforced.shards, "--out=~/keys")[0] == 0
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "keys").is_file() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(

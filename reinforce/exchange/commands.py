@@ -98,7 +98,7 @@ def export_keys(
             for line in lines:
                 print(line)
         else:
-            with out.open("w", encoding="utf-8") as file:
+            with home(out).open("w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
 
