@@ -16,11 +16,13 @@ import typer
 
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
 
+_ROOM = "free some room there, or write somewhere else, and run the same command again"
+_RIGHT = "ask for the right to it, or write somewhere else"
 REMEDIES = {
-    errno.ENOSPC: "free some room there, or write somewhere else, and run the same command again",
-    errno.EDQUOT: "free some room there, or write somewhere else, and run the same command again",
-    errno.EACCES: "ask for the right to it, or write somewhere else",
-    errno.EPERM: "ask for the right to it, or write somewhere else",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _RIGHT,
+    errno.EPERM: _RIGHT,
     errno.EROFS: "it can only be read; write somewhere else",
 }
 

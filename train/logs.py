@@ -92,11 +92,13 @@ class Journal:
 
     def pictures(self, step: int, images: Tensor, keys: list[str]) -> None:
         """Some of what the student sees at a step, where `report_to` can show it: uint8 (B, H, W, 3) and B names."""
+        if self._silent:
+            return
         images, keys = images[:SHOWN].cpu(), keys[:SHOWN]
-        if not self._silent and self._tensorboard:
+        if self._tensorboard:
             self._tensorboard.add_images("batch/images", images, step, dataformats="NHWC")
             self._tensorboard.add_text("batch/keys", ", ".join(f"`{key}`" for key in keys), step)
-        if not self._silent and self._wandb:
+        if self._wandb:
             import wandb
 
             shown = [wandb.Image(image.numpy(), caption=key) for image, key in zip(images, keys, strict=True)]

@@ -29,20 +29,18 @@ def report(folders: Iterable[str], out: str) -> Trainings:
     Raises ConfigError where a folder holds no training, or the page cannot be written.
     """
     paths = [Path(folder) for folder in folders]
-    configs = [_json(path / "config.json", path) for path in paths]
-    flat = [_flat(config) for config in configs]
+    flat = [_flat(_json(path / "config.json", path)) for path in paths]
     differ = [name for name in sorted(set().union(*flat)) if len({json.dumps(of.get(name)) for of in flat}) > 1]
     names = _names(paths)
     trainings = [
         {
             "name": name,
             "folder": str(path),
-            "settings": {setting: of.get(setting) for setting in differ},
-            "config": config,
+            "settings": of,
             "curves": _curves(path / METRICS),
             "report": _json(path / "report.json", path) if (path / "report.json").exists() else None,
         }
-        for name, path, config, of in zip(names, paths, configs, flat, strict=True)
+        for name, path, of in zip(names, paths, flat, strict=True)
     ]
     size = page.write(out, TEMPLATE, {"trainings": trainings, "differ": differ})
     return Trainings(out, size, len(trainings))

@@ -10,15 +10,13 @@ from reinforce.errors import StoreError
 from reinforce.store import arrays
 from reinforce.store.columns import STATUS, Column
 from reinforce.store.manifest import Manifest
-from reinforce.store.packing import loss
+from reinforce.store.packing import MEASURED, loss
 from reinforce.store.store import Store
-
-ROWS = 1024  # as many as a batch of a training
 
 
 def dial(url: str) -> dict[str, dict[str, dict[str, float]]]:
     """For each teacher and each setting of `embeddings`: `of_raw`, bytes as stored over those of bfloat16; and, where
-    it has captions, what is lost (store/packing.py). Of view 0 and caption 0 of up to ROWS samples of one shard.
+    it has captions, what is lost (store/packing.py). Of view 0 and caption 0 of up to MEASURED samples of one shard.
 
     Raises StoreError where no shard is whole, or the store has lost already what is compared with.
     """
@@ -46,7 +44,7 @@ def samples(store: Store, manifest: Manifest) -> dict[str, tuple[np.ndarray, np.
     whole = (shard for shard in store.shards() if not store.missing(shard, columns))
     if (shard := next(whole, None)) is None:
         raise StoreError(f"no shard of {store.url} is whole yet; finish its run first")
-    good = np.flatnonzero(store.read(shard, STATUS) == Status.GOOD)[:ROWS]
+    good = np.flatnonzero(store.read(shard, STATUS) == Status.GOOD)[:MEASURED]
     views, texts = next(iter(recipe.view_sets)), next(iter(recipe.text_sets), None)
 
     def first(column: Column) -> np.ndarray:

@@ -68,7 +68,7 @@ def report(url: str, patterns: str | None, out: str, num: int = 60, seed: int = 
         "charts": charts(found),
         "teachers": list(recipe.teachers),
         "text_sets": list(recipe.text_sets),
-        "samples": [sample | {"params": None} for sample in samples.values()],
+        "samples": [{k: v for k, v in sample.items() if k != "params"} for sample in samples.values()],
         "pairs": [
             {"samples": [order.index(i), order.index(j)], "cosine": round(cosine, 4), "same_bytes": same}
             for i, j, cosine, same in found.pairs

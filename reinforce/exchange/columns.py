@@ -17,8 +17,8 @@ import numpy as np
 from reinforce.data.shards import Status
 from reinforce.errors import ConfigError, MissingExtra, NotCommitted, StoreError
 from reinforce.progress import Progress
-from reinforce.store.columns import KEY, STATUS, Column
-from reinforce.store.store import Store
+from reinforce.store.columns import KEY, Column
+from reinforce.store.reader import StoreReader
 
 Form = Literal["npy", "parquet"]
 
@@ -40,21 +40,20 @@ def export_columns(url: str, wanted: list[str], out: Path, form: Form) -> Column
 
     Raises ConfigError for a column that the store cannot have, StoreError where there is no store, MissingExtra.
     """
-    store = Store(url)
-    known = {str(column): column for column in store.promised().columns()}
+    store = StoreReader(url)
+    known = {str(column): column for column in store.manifest.columns()}
     asked = list(known) if wanted == ["*"] else wanted
     if strange := [name for name in asked if name not in known]:
         raise ConfigError(f"{url} has no column '{strange[0]}'; it has: {', '.join(known)}")
     columns = [KEY, *(known[name] for name in asked if known[name] != KEY)]
     write = _write_npy if form == "npy" else _parquet()
-    names = store.shards()
-    report = ColumnsReport(str(out), len(names))
-    with Progress(len(names), "shard") as progress:
-        for shard in names:
+    report = ColumnsReport(str(out), len(store))
+    with Progress(len(store), "shard") as progress:
+        for shard in store:
             try:
-                good = np.flatnonzero(store.read(shard, STATUS) == Status.GOOD)
-                data = None if store.promised().format_version == 1 else store.identity(shard)
-                arrays = {column: _rows(store, shard, column, good, data) for column in columns}
+                reader = store[shard]
+                good = np.flatnonzero(reader.status == Status.GOOD)
+                arrays = {column: _plain(reader.array(str(column)).take(good, column.row_axis)) for column in columns}
                 report.files += write(out, shard, arrays)
                 report.rows += len(good)
                 report.done += 1
@@ -68,10 +67,8 @@ def export_columns(url: str, wanted: list[str], out: Path, form: Form) -> Column
     return report
 
 
-def _rows(store: Store, shard: str, column: Column, good: np.ndarray, data: str | None) -> np.ndarray:
-    """The good rows of a column, of a type that all know."""
-    bound = None if column.kind == "sample" and column.part in ("key", "digest") else data
-    array = store.read(shard, column, data=bound).take(good, column.row_axis)
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The same in a type that all know."""
     if array.dtype == ml_dtypes.bfloat16:
         return array.astype(np.float32)
     return np.array(array.tolist(), dtype=str).reshape(array.shape) if array.dtype.kind in "OT" else array

@@ -59,7 +59,7 @@ class Loaded:
 def num_gpus() -> int:
     """Of the machine, at least 1. torch counts those that this process may use, and Ray gives each worker one: with
     torch's count eight workers would each take all cores."""
-    there = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)] if os.path.isdir("/dev") else []
+    there = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
     return max(1, len(there), torch.cuda.device_count())
 
 

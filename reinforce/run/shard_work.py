@@ -16,11 +16,10 @@ from reinforce.models.ensemble import Answers
 from reinforce.run.batches import Batch, Rows, View, ahead, views
 from reinforce.run.loaded import Loaded
 from reinforce.store.columns import DIGEST, IDENTITY, KEY, PLACE, STATUS, Column
-from reinforce.store.packing import loss
+from reinforce.store.packing import MEASURED, loss
 from reinforce.store.store import Store, identity, said_of
 
 Inputs: TypeAlias = dict[str, np.ndarray]
-MEASURED = 1024  # samples of a shard of which is told what packed embeddings lose
 
 
 class ShardWork:

@@ -17,6 +17,7 @@ from reinforce.errors import StoreError
 
 NORM_TOLERANCE = 0.01  # a unit vector rounded to bfloat16 stays well inside
 LARGEST = 127
+MEASURED = 1024  # samples, as many as a batch of a training, of which a loss is told
 
 
 def packed(embeddings: np.ndarray, packing: Packing) -> np.ndarray:
