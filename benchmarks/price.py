@@ -22,7 +22,8 @@ from benchmarks.slab import read_so_far
 from train import students
 from train.config import TrainConfig
 from train.data.loader import Batch, Loader
-from train.data.sources import PlainSource, source_of
+from train.data.mixture import source_of
+from train.data.sources import PlainSource
 from train.objective import ClipTrainee, backward
 
 WHAT = ("load_ms", "compute_ms", "step_ms")

@@ -28,7 +28,7 @@ from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store, identity, said_of
 from reinforce.terminal import show
 from train.config import TrainConfig
-from train.data.sources import source_of
+from train.data.mixture import source_of
 
 RECIPE = Recipe(
     name="scale",

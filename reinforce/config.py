@@ -76,6 +76,9 @@ class ViewSet(Config):
         return self
 
 
+TIMM = "timm:"  # before the name of an image encoder of timm
+
+
 class Model(Config):
     """An open_clip model. `pretrained` is a tag or a file; a `local-dir:` or `hf-hub:` model brings its own weights."""
 
@@ -85,12 +88,26 @@ class Model(Config):
 
 
 class Teacher(Model):
-    """A frozen CLIP. Preprocessing comes with the weights; but a bare checkpoint file whose weights were not trained
-    with OpenAI's mean and std needs `image_mean` and `image_std` here (MobileCLIP: 0 and 1)."""
+    """A frozen CLIP or SigLIP of open_clip; or `timm:NAME`, an image encoder of timm (DINOv2, RADIO), which reads no
+    texts. Preprocessing comes with the weights; but a bare checkpoint file whose weights were not trained with OpenAI's
+    mean and std needs `image_mean` and `image_std` here (MobileCLIP: 0 and 1)."""
 
+    image_px: int | None = Field(
+        None, ge=1, description="side of the images it sees, in place of the one it was trained at (DINOv2: 518)"
+    )
     image_mean: tuple[float, float, float] | None = None
     image_std: tuple[float, float, float] | None = None
     prompts: str | None = Field(None, description="a file made by `clip-train adapt`: the teacher adapted to a domain")
+
+    @property
+    def reads_texts(self) -> bool:
+        return not self.model.startswith(TIMM)
+
+    @model_validator(mode="after")
+    def _prompts_need_texts(self) -> Self:
+        if self.prompts and not self.reads_texts:
+            raise ValueError(f"{self.model} reads no texts, and prompts are for a teacher that does")
+        return self
 
 
 class Captioner(Model):
@@ -194,6 +211,11 @@ class Recipe(Config):
         """Number of captions by text set: the original ones, where they are kept, each captioner's, the imported."""
         original = {ORIGINAL: self.num_original_captions} if self.num_original_captions else {}
         return original | {name: made.num_captions for name, made in (self.captioners | self.texts).items()}
+
+    @property
+    def text_teachers(self) -> list[str]:
+        """Those that embed texts, too."""
+        return [name for name, teacher in self.teachers.items() if teacher.reads_texts]
 
     @property
     def random_seed(self) -> int | None:

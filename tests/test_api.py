@@ -25,7 +25,7 @@ from tests.test_loader import letters
 from train.config import TrainConfig
 from train.data.dataset import ReinforcedBatch
 from train.data.loader import Loader
-from train.data.sources import source_of
+from train.data.mixture import source_of
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.3, 0.2, 0.1]
 

@@ -12,7 +12,7 @@ from reinforce.errors import ConfigError
 from reinforce.run import driver
 from tests import broken, tiny
 from train.config import TrainConfig
-from train.data.sources import source_of
+from train.data.mixture import source_of
 
 
 def test_a_folder_of_broken_tars(recipe: Recipe, tmp_path: Path) -> None:

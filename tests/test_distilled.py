@@ -28,7 +28,7 @@ from train.comkd import classifier
 from train.comkd.trainee import ComkdTrainee
 from train.config import ComkdConfig, TrainConfig
 from train.data.loader import Batch, Loader
-from train.data.sources import source_of
+from train.data.mixture import source_of
 from train.evaluation.sets import EvalSet, write_classification_set
 from train.objective import backward
 from train.trained import load

@@ -15,7 +15,8 @@ from reinforce.store.store import Store
 from tests import tiny
 from tests.processes import here
 from train.config import TrainConfig
-from train.data.sources import StoreSource, source_of
+from train.data.mixture import source_of
+from train.data.sources import StoreSource
 from train.trainer import fit
 
 RUN = RunOptions(workers="0", device="cpu")

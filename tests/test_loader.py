@@ -16,7 +16,7 @@ from tests import tiny
 from tests.conftest import Reinforced
 from train.config import TrainConfig
 from train.data.loader import Batch, Loader
-from train.data.sources import source_of
+from train.data.mixture import source_of
 
 PX = 24
 

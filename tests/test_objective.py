@@ -10,7 +10,8 @@ from tests.conftest import Reinforced
 from train import students
 from train.config import TrainConfig
 from train.data.loader import Batch, Loader
-from train.data.sources import Source, source_of
+from train.data.mixture import source_of
+from train.data.sources import Source
 from train.losses import TeacherPairs, pair_losses
 from train.objective import ClipTrainee, Outputs, backward
 

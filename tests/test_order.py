@@ -64,5 +64,5 @@ def test_epochs_and_seeds_differ_and_shards_mix() -> None:
 
 
 def test_a_batch_that_is_larger_than_the_data() -> None:
-    with pytest.raises(ConfigError, match="hold 6 good samples, fewer than one batch of 8"):
+    with pytest.raises(ConfigError, match="has 6 good samples, fewer than one batch of 8"):
         order([9], 8, 1)

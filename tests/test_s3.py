@@ -24,7 +24,7 @@ from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
 from tests import tiny
 from train.config import TrainConfig
-from train.data.sources import source_of
+from train.data.mixture import source_of
 
 OPTIONS = RunOptions(workers="0", device="cpu")
 

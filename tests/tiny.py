@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,15 @@ def models(folder: Path) -> Recipe:
         captioners={"coca": Captioner(model=f"local-dir:{folder / 'coca'}", num_captions=2, max_tokens=10)},
         batch_size=4,
     )
+
+
+def siglip(folder: Path, **tokenizer: str) -> str:
+    """A teacher with a bias, and if need be another tokenizer; gives its name."""
+    text = _TEXT | {"width": 32, "context_length": 20, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    text |= {"tokenizer_kwargs": {}, **tokenizer} if tokenizer else {}
+    cfg = {"embed_dim": 16, "init_logit_bias": -10, "init_logit_scale": math.log(10), "custom_text": True}
+    _model(folder, cfg | {"vision_cfg": _VIT, "text_cfg": text}, {"mean": [0.5] * 3, "std": [0.5] * 3}, seed=3)
+    return f"local-dir:{folder}"
 
 
 def student(folder: Path) -> str:

@@ -14,7 +14,7 @@ __all__ = ["OpenClipData", "ReinforcedDataset", "fit"]
 
 def fit(
     *,
-    shards: str,
+    shards: str = "",
     store: str | PathLike[str] | None = None,
     out: str | PathLike[str],
     recipe: str | PathLike[str] | None = None,
@@ -25,7 +25,8 @@ def fit(
     shards: tars: braces, '*', several joined by '::', paths or fsspec URLs. store: what teachers know of these tars;
     None is plain CLIP training, which needs `distill=0`. recipe: the name or path of a file with a TRAINING; None takes
     the defaults.
-    settings: any of train.config.TrainConfig, over those of the recipe: `student="vit_tiny", lr=1e-3, epochs=5, ..`
+    settings: any of train.config.TrainConfig, over those of the recipe: `student="vit_tiny", lr=1e-3, epochs=5, ..`;
+    `data=[{"shards": .., "store": .., "weight": 2}, ..]` takes the place of `shards` and `store`.
 
     Returns the report that is written to `out`/report.json; the student is in `out`/student, an open_clip folder.
     Raises ConfigError and StoreError before any work, Diverged where the loss is NaN or infinite.

@@ -49,10 +49,24 @@ def recipes(json_: JsonOption = False) -> None:
 
 @app.command()
 def fit(
-    shards: Annotated[str, typer.Option(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")],
+    shards: Annotated[
+        str | None, typer.Option(help="tars: braces, '*', several joined by '::', paths or fsspec URLs")
+    ] = None,
     store: Annotated[
         str | None, typer.Option(help="what teachers know about these tars; without it, set distill=0")
     ] = None,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SHARDS::STORE",
+            help="in place of both, and may be repeated: several shards with their stores; with nothing after the last "
+            "'::', tars without a store",
+        ),
+    ] = [],
+    weight: Annotated[
+        list[float],
+        typer.Option(help="of each --data, in their order: how often an epoch goes through it; 1 by default"),
+    ] = [],
     student: Annotated[str | None, typer.Option(help="a name of the table, or a folder; else the recipe's")] = None,
     out: Annotated[Path, typer.Option(callback=home, help="folder of the run: curves, checkpoints, student")] = Path(
         "runs/latest"
@@ -71,7 +85,8 @@ def fit(
     """Train a student on tars and what a store knows of them. Run it again to go on where it stopped."""
     with errors_as_sentences():
         config = load_training(recipe, set_)
-        asked: dict[str, Any] = {"shards": shards, "store": store}
+        asked: dict[str, Any] = {"shards": shards or "", "store": store}
+        asked |= {"data": _data(data, weight)} if data else {}
         asked |= {"student": student} if student else {}
         asked |= {"eval_sets": _eval_sets(eval_)} if eval_ else {}
         config = parse(TrainConfig, config.model_dump() | asked, "the request")
@@ -259,6 +274,18 @@ def _eval_sets(texts: list[str]) -> dict[str, str]:
             raise ConfigError(f"{text}: write an evaluation set as NAME=SET, such as heldout=samples/heldout/00000.tar")
         sets[name] = url
     return sets
+
+
+def _data(texts: list[str], weights: list[float]) -> list[dict[str, Any]]:
+    if weights and len(weights) != len(texts):
+        raise ConfigError(f"{len(weights)} --weight for {len(texts)} --data: give each one, in the same order, or none")
+    parts = []
+    for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
+        shards, _, store = text.rpartition("::")
+        if not shards or store.endswith(".tar"):
+            raise ConfigError(f"{text}: write data as SHARDS::STORE, or as SHARDS:: for tars without a store")
+        parts.append({"shards": shards, "store": store or None, "weight": weight})
+    return parts
 
 
 def main() -> None:

@@ -41,6 +41,16 @@ class ComkdConfig(Config):
         return self
 
 
+class DataConfig(Config):
+    """One of several parts that a training learns from."""
+
+    shards: str = Field(description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
+    store: str | None = Field(None, description="what teachers know of these shards; none: captions alone")
+    weight: float = Field(
+        1.0, gt=0, description="how often an epoch goes through them, as open_clip's train_data_upsampling_factors"
+    )
+
+
 class LoopConfig(Config):
     """What the loop of any training asks for (train/loop.py)."""
 
@@ -67,6 +77,11 @@ class TrainConfig(LoopConfig):
     store: str | None = Field(
         None, description="what teachers know about these shards; without it, plain CLIP training (distill=0)"
     )
+    data: list[DataConfig] = Field(
+        [],
+        description="several shards with stores, in place of `shards` and `store`; each sample learns from what its "
+        "own store has",
+    )
     teachers: list[str] | None = Field(None, description="the store's teachers to learn from; all by default")
     view_set: str = Field("base", description="the store's view set to learn from; several joined by '+'")
     text_sets: list[str] | None = Field(None, description="the store's text sets to learn from; all by default")
@@ -83,6 +98,11 @@ class TrainConfig(LoopConfig):
     # The loss: (1 - distill) x contrastive + distill x distillation + feature_mse x distance to the teachers' features.
     distill: float = Field(1.0, ge=0, le=1, description="MobileCLIP's lambda")
     feature_mse: float = Field(0.0, ge=0, description="weight of the squared distance to the teachers' features")
+    feature_balance: bool = Field(
+        False,
+        description="each teacher's distance over the spread of its features, so that those whose features lie close "
+        "together count as much",
+    )
     dist_logit_scale: dict[str, float] = Field({}, description="by teacher: a logit scale to use in place of its own")
 
     comkd: ComkdConfig | None = Field(None, description="learn as ComKD-CLIP does, from one teacher, without captions")
@@ -128,6 +148,7 @@ class TrainConfig(LoopConfig):
         "cache_dir",
         "shards",
         "store",
+        "data",
         "eval_sets",
         "grad_checkpointing",
         "torchcompile",
@@ -142,6 +163,10 @@ class TrainConfig(LoopConfig):
             )
         if self.comkd and (self.feature_mse or self.text_sets):
             raise ValueError("with comkd no text is learned from: leave out feature_mse and text_sets")
+        if self.data and (self.shards or self.store):
+            raise ValueError("`data` takes the place of `shards` and `store`: give the one or the other")
+        if self.data and self.comkd:
+            raise ValueError("comkd learns from one store: give shards and store, and no data")
         return self
 
     @property

@@ -21,6 +21,8 @@ from train.evaluation.sets import EvalSet
 from train.losses import FeatureHeads, TeacherPairs, feature_mse, pair_losses
 from train.students import Student
 
+GUESS = "guess/"  # before a teacher's name, among outputs
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -93,10 +95,12 @@ class ClipTrainee(Trainee):
         super().__init__(student, config)
         self.model = student.model
         self.teachers, self.config = teachers, config
-        widths = {name: facts.width for name, facts in teachers.items()} if config.feature_mse else {}
+        matched = teachers if config.feature_mse else {}
+        widths = {name: facts.width for name, facts in matched.items()}
+        text_widths = {name: facts.width for name, facts in matched.items() if facts.reads_texts}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.heads = FeatureHeads(_width(student), widths)
+            self.heads = FeatureHeads(_width(student), widths, text_widths)
 
     @property
     def lasting(self) -> nn.Module:
@@ -128,7 +132,7 @@ class ClipTrainee(Trainee):
 
     @staticmethod
     def _guesses(heads: nn.ModuleDict, features: Tensor) -> dict[str, Tensor]:
-        return {f"guess/{name}": head(features).float() for name, head in heads.items()}
+        return {f"{GUESS}{name}": head(features).float() for name, head in heads.items()}
 
 
 def batch_loss(
@@ -146,23 +150,39 @@ def batch_loss(
 
     for text_set, text in zip(batch.tokens, outputs.text["features"], strict=True):
         pairs = [
-            TeacherPairs(batch.image_targets[name], batch.text_targets[text_set][name], facts.logit_scale)
+            TeacherPairs(
+                batch.image_targets[name],
+                batch.text_targets[text_set][name],
+                facts.logit_scale,
+                facts.logit_bias,
+                facts.partial,
+            )
             for name, facts in teachers.items()
+            if facts.logit_scale is not None
         ]
         losses = pair_losses(outputs.image["features"], text, outputs.logit_scale, pairs, config.distill)
         add("loss", losses.loss)
         add("contrastive", losses.contrastive)
-        if teachers:
+        if pairs:
             add("distill", losses.distill)
     loss = parts["loss"]
     if config.feature_mse:
-        for name in teachers:
-            image, text = outputs.image[f"guess/{name}"], outputs.text[f"guess/{name}"]
-            targets = torch.stack([batch.text_targets[text_set][name] for text_set in batch.tokens])
-            add("feature_mse", feature_mse(image, batch.image_targets[name]) / len(teachers))
-            add("feature_mse", feature_mse(text, targets) / len(teachers))
+        partial = {name for name, facts in teachers.items() if facts.partial}
+        of_texts = {
+            name: torch.stack([of[name] for of in batch.text_targets.values()])
+            for name, facts in teachers.items()
+            if facts.reads_texts
+        }
+        for guesses, targets in ((_guessed(outputs.image), batch.image_targets), (_guessed(outputs.text), of_texts)):
+            if guesses:
+                add("feature_mse", feature_mse(guesses, targets, partial, config.feature_balance))
         loss = loss + config.feature_mse * parts["feature_mse"]
     return loss, {name: value.detach() for name, value in parts.items()} | {"loss": loss.detach()}
+
+
+def _guessed(side: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By teacher, what a student takes for its features."""
+    return {name.removeprefix(GUESS): value for name, value in side.items() if name.startswith(GUESS)}
 
 
 def backward(

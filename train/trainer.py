@@ -18,7 +18,8 @@ from train import students
 from train.average import Average
 from train.config import TrainConfig
 from train.data.loader import Batch, Loader
-from train.data.sources import Source, source_of
+from train.data.mixture import source_of
+from train.data.sources import Source
 from train.distributed import Ranks, joined
 from train.evaluation.metrics import Metrics
 from train.evaluation.sets import EvalSet

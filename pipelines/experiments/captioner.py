@@ -21,7 +21,7 @@ from reinforce.models.open_clip import open_clip
 from reinforce.progress import Progress
 from train.config import TrainConfig
 from train.data.loader import Loader
-from train.data.sources import source_of
+from train.data.mixture import source_of
 from train.students import CONFIG, WEIGHTS
 from train.trainer import lr_at
 

@@ -56,7 +56,7 @@ def samples(store: Store, manifest: Manifest) -> dict[str, tuple[np.ndarray, np.
             first(Column("text", texts, teacher)) if texts else np.empty((0, 0)),
             manifest.models["teachers"][teacher]["logit_scale"],
         )
-        for teacher in recipe.teachers
+        for teacher in recipe.text_teachers
     }
 
 

@@ -73,10 +73,10 @@ def info(url: str) -> dict[str, Any]:
         "quarantined": dict(sorted(quarantined.items())),
         "view_sets": {n: {"views": v.num_views, "teachers": [*recipe.teachers]} for n, v in recipe.view_sets.items()},
         "text_sets": {
-            name: {"captions": num, "teachers": [*recipe.teachers]} for name, num in recipe.text_sets.items()
+            name: {"captions": num, "teachers": recipe.text_teachers} for name, num in recipe.text_sets.items()
         },
         "class_sets": {
-            name: {"classes": len(c.classnames), "templates": len(c.templates), "teachers": [*recipe.teachers]}
+            name: {"classes": len(c.classnames), "templates": len(c.templates), "teachers": recipe.text_teachers}
             for name, c in recipe.class_sets.items()
         },
         "embeddings": recipe.embeddings,

@@ -66,7 +66,7 @@ def report(url: str, patterns: str | None, out: str, num: int = 60, seed: int = 
         "recipe": recipe.model_dump(mode="json"),
         "looked_at": {"samples": len(found), "shards": len(found.shards)},
         "charts": charts(found),
-        "teachers": list(recipe.teachers),
+        "teachers": recipe.text_teachers,
         "text_sets": list(recipe.text_sets),
         "samples": [{k: v for k, v in sample.items() if k != "params"} for sample in samples.values()],
         "pairs": [

@@ -76,7 +76,7 @@ def survey(store: Store, names: list[str]) -> Survey:
                 for index in range(num_views)
             ]
             part[f"mean {teacher}"] = np.mean(views, 0)
-            for name in recipe.text_sets:
+            for name in recipe.text_sets if teacher in recipe.text_teachers else ():
                 texts = store.read(shard, Column("text", name, teacher), 0)[good].astype(np.float32)
                 part[f"cosine {teacher} {name}"] = (views[0] * texts).sum(-1)
         parts.append(part)
@@ -89,7 +89,8 @@ def survey(store: Store, names: list[str]) -> Survey:
         return np.concatenate([part[name] for part in parts])
 
     cosines = {
-        teacher: {name: joined(f"cosine {teacher} {name}") for name in recipe.text_sets} for teacher in recipe.teachers
+        teacher: {name: joined(f"cosine {teacher} {name}") for name in recipe.text_sets}
+        for teacher in recipe.text_teachers
     }
     return Survey(
         looked_at,

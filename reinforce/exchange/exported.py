@@ -46,7 +46,7 @@ def export_datacompdr(store_url: str, images: str, out: Path, embeddings: Embedd
         raise ConfigError(f"{store_url} has no view set '{view_set}'; it has {', '.join(recipe.view_sets)}")
     if recipe.view_sets[view_set].num_ops != 2:
         raise ConfigError(f"a view of DataCompDR has two operations, and {view_set} has other ones")
-    if not recipe.teachers or not recipe.captioners or not recipe.num_original_captions:
+    if not recipe.text_teachers or not recipe.captioners or not recipe.num_original_captions:
         raise ConfigError(f"{store_url}: DataCompDR has teachers, synthetic and original captions, and one is missing")
     listed = shards.expand(images)
     report = ExportReport(str(out), len(listed))
@@ -121,7 +121,7 @@ def _stored(store: Store, manifest: Manifest, shard: Shard, view_set: str, good:
         return np.moveaxis(store.read(shard.name, Column.at(f"{kind}/{name}/{part}"))[:, good], 0, 1)
 
     def embeddings(kind: str, name: str) -> np.ndarray:
-        return np.concatenate([column(kind, name, teacher) for teacher in recipe.teachers], axis=-1)
+        return np.concatenate([column(kind, name, teacher) for teacher in recipe.text_teachers], axis=-1)
 
     params, image = column("view", view_set, "augment"), embeddings("view", view_set)
     texts = {name: embeddings("text", name) for name in recipe.text_sets}

@@ -1,4 +1,5 @@
-"""An open_clip model, loaded, checked, and named by a digest of its weights. Teachers and captioners are both one."""
+"""A model of open_clip or an image encoder of timm, loaded, checked, and named by a digest of its weights. Teachers and
+captioners are both one."""
 
 import contextlib
 import functools
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from reinforce import process
-from reinforce.config import Model
+from reinforce.config import TIMM, Model
 from reinforce.errors import ConfigError
-from reinforce.models import tensorfile
+from reinforce.models import tensorfile, timm
 from reinforce.models.open_clip import get_tokenizer, open_clip
 from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
@@ -25,7 +26,8 @@ QUICK = 1.702  # of open_clip's QuickGELU
 
 
 class FrozenModel:
-    """An open_clip model that only answers: weights, tokenizer, preprocessing and precision as loaded.
+    """A model that only answers: weights, tokenizer (none, where it reads no texts), preprocessing and precision as
+    loaded.
 
     Raises ConfigError where model, weights and preprocessing do not belong together.
     """
@@ -36,21 +38,22 @@ class FrozenModel:
         device: torch.device,
         random_seed: int | None = None,
         preprocess: dict[str, Any] = {},
+        image_px: int | None = None,
     ) -> None:
         """`random_seed`: initialise the architecture from it and read no weights. `preprocess`: a `mean` or `std` in
-        place of the one that comes with the weights."""
+        place of the one that comes with the weights; `image_px`: likewise, for images of this side."""
         self.name = config.model
         self.device = device
         self.precision = config.precision
         if config.precision == "auto":
             self.precision = "bf16" if device.type == "cuda" else "fp32"
         _check(config, random_seed)
-        self.model = _create(config, random_seed, preprocess)
+        self.model = _create(config, random_seed, preprocess, image_px)
         self.weights = "random" if random_seed is not None else "pretrained"
         self.digest = weights_digest(self.model)
         self.prompts: Prompts | None = None
         self.model.eval().requires_grad_(False).to(device)
-        self.tokenizer = get_tokenizer(config.model)
+        self.tokenizer: Any = None if config.model.startswith(TIMM) else get_tokenizer(config.model)
         self.preprocess_cfg: dict[str, Any] = dict(self.model.visual.preprocess_cfg)
         self.image_px = _square(config, self.preprocess_cfg["size"])
         self._normaliser = Normaliser(self.preprocess_cfg).to(device)
@@ -72,10 +75,8 @@ class FrozenModel:
             for module in self.model.modules():
                 if isinstance(module, open_clip.transformer.ResidualAttentionBlock):
                     _quick_gelu_as_silu(module.mlp)
-            scale = self.model.logit_scale.data
             self.dtype = torch.bfloat16
             self.model.to(self.dtype)
-            self.model.logit_scale.data = scale
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on any device -> (B, 3, H, W) on the model's, in the units it was trained in."""
@@ -106,20 +107,22 @@ class FrozenModel:
 
     def describe(self) -> dict[str, Any]:
         """What about this model decides the bytes it writes."""
-        return {
+        has_words = self.tokenizer is not None
+        said = {
             "weights": self.weights,
             "weights_sha256": self.digest,
             "precision": self.precision,
             "image_px": self.image_px,
             "mean": list(self.preprocess_cfg["mean"]),
             "std": list(self.preprocess_cfg["std"]),
-            "tokenizer": type(self.tokenizer).__name__,
-            "vocab_size": self.tokenizer.vocab_size,
-            "context_length": self.tokenizer.context_length,
+            "tokenizer": type(self.tokenizer).__name__ if has_words else None,
+            "vocab_size": _vocab_size(self.tokenizer) if has_words else None,
+            "context_length": self.tokenizer.context_length if has_words else None,
             "architecture": _hash(_model_cfg(self.name)),
             "preprocessing": _hash({k: self.preprocess_cfg.get(k) for k in ("interpolation", "resize_mode")}),
-            "vocabulary": self._words,
+            "vocabulary": self._words if has_words else None,
         }
+        return {name: value for name, value in said.items() if value is not None}
 
 
 @torch.no_grad()
@@ -139,7 +142,9 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _model_cfg(name: str) -> Any:
-    """What open_clip builds: sizes, activation, heads; weights do not tell all of that."""
+    """What is built: sizes, activation, heads; weights do not tell all of that."""
+    if name.startswith(TIMM):
+        return timm.architecture(name)
     if name.startswith("hf-hub:"):
         path = open_clip.pretrained.download_pretrained_from_hf(name.removeprefix("hf-hub:"), filename=_CONFIG)
     elif name.startswith("local-dir:"):
@@ -155,12 +160,20 @@ def _vocabulary(tokenizer: Any) -> Any:
     return [sorted(words.items()), sorted(getattr(tokenizer, "bpe_ranks", {}).items())]
 
 
+def _vocab_size(tokenizer: Any) -> int:
+    """Of open_clip's own tokenizer, or of one of transformers'."""
+    return int(tokenizer.vocab_size if hasattr(tokenizer, "vocab_size") else len(tokenizer.tokenizer))
+
+
 def _hash(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _check(config: Model, random_seed: int | None) -> None:
     """What can be known to be wrong before anything is downloaded or built."""
+    if config.model.startswith(TIMM):
+        timm.check(config)
+        return
     if config.model.startswith(SCHEMAS):
         if config.pretrained:
             raise ConfigError(f"{config.model} brings its own weights; remove pretrained={config.pretrained}")
@@ -196,7 +209,18 @@ def _check_activation(config: Model, weights_quick_gelu: bool) -> None:
         )
 
 
-def _create(config: Model, random_seed: int | None, given: dict[str, Any]) -> Any:
+def _create(config: Model, random_seed: int | None, given: dict[str, Any], image_px: int | None) -> Any:
+    if config.model.startswith(TIMM):
+        model: Any = timm.create(config, random_seed, image_px)
+        model.visual.preprocess_cfg |= given
+    else:
+        model = _create_open_clip(config, random_seed, given, image_px)
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise ConfigError(f"{config.model},{config.pretrained}: the weights hold NaN or infinity; get the file again")
+    return model
+
+
+def _create_open_clip(config: Model, random_seed: int | None, given: dict[str, Any], image_px: int | None) -> Any:
     preprocess: dict[str, Any] = {}
     if random_seed is not None and config.pretrained:
         tag = open_clip.get_pretrained_cfg(config.model, config.pretrained)
@@ -211,6 +235,7 @@ def _create(config: Model, random_seed: int | None, given: dict[str, Any]) -> An
             load_weights=random_seed is None,
             require_pretrained=random_seed is None,
             pretrained_text=False,
+            force_image_size=image_px,
             force_preprocess_cfg=preprocess | given,
         )
     except (RuntimeError, ValueError, OSError) as error:  # what open_clip raises for files it cannot get, read or fit
@@ -218,8 +243,6 @@ def _create(config: Model, random_seed: int | None, given: dict[str, Any]) -> An
     if random_seed is not None and isinstance(model, open_clip.CoCa):
         head = model.text_decoder.text_projection  # open_clip leaves it as the memory was
         nn.init.normal_(head, std=6 * head.shape[0] ** -0.5)  # so spread, a nucleus is small, as that of a trained one
-    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
-        raise ConfigError(f"{config.model},{config.pretrained}: the weights hold NaN or infinity; get the file again")
     return model
 
 

@@ -1,6 +1,7 @@
-"""K frozen CLIP models: images or texts in, unit embeddings out, one array per teacher."""
+"""A frozen model: images or texts in, unit embeddings out."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ def load_teacher(config: TeacherConfig, device: torch.device, random_seed: int |
 
     Raises ConfigError where model, weights, preprocessing and prompts do not belong together.
     """
-    given = {"mean": config.image_mean, "std": config.image_std}
-    frozen = FrozenModel(config, device, random_seed, {name: value for name, value in given.items() if value})
+    given: dict[str, Any] = {"mean": config.image_mean, "std": config.image_std}
+    given = {name: value for name, value in given.items() if value}
+    frozen = FrozenModel(config, device, random_seed, given, config.image_px)
     if config.prompts:
         added = prompts.load(Path(config.prompts), config.model, frozen.digest)
         frozen.take(added.requires_grad_(False).to(device))
@@ -34,16 +36,20 @@ def load_teacher(config: TeacherConfig, device: torch.device, random_seed: int |
 
 
 class Teacher:
-    """One frozen CLIP. Every forward pass has the same shape: a short batch is padded and the padding dropped,
-    because kernels are chosen by shape and a row's last bit can depend on the kernel. On a GPU its weights are held in
-    the precision of the store, and the image tower is one CUDA graph."""
+    """One frozen CLIP, or an image encoder that reads no texts. Every forward pass has the same shape: a short batch is
+    padded and the padding dropped, because kernels are chosen by shape and a row's last bit can depend on the kernel.
+    On a GPU its weights are held in the precision of the store, and the image tower is one CUDA graph."""
 
     def __init__(
         self, config: TeacherConfig, batch_size: int, device: torch.device, random_seed: int | None = None
     ) -> None:
         self.frozen = load_teacher(config, device, random_seed)
         self.batch_size, self.device = batch_size, device
-        self.logit_scale = float(self.frozen.model.logit_scale.exp())
+        self.reads_texts = config.reads_texts
+        model = self.frozen.model
+        self.logit_scale = float(model.logit_scale.exp()) if self.reads_texts else math.nan
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = None if bias is None else float(bias)
         if device.type != "cpu":
             self.frozen.hold()
         self._image_tower: Callable[[Tensor], Tensor] = self._encode_image
@@ -51,7 +57,8 @@ class Teacher:
             blank = torch.zeros(batch_size, self.image_px, self.image_px, 3, dtype=torch.uint8, device=device)
             with torch.inference_mode():
                 self._image_tower = captured(self._encode_image, blank)
-        self.width = self.encode_texts([""]).shape[1]
+        blank_image = np.zeros((1, self.image_px, self.image_px, 3), np.uint8)
+        self.width = (self.encode_texts([""]) if self.reads_texts else self.encode_images(blank_image)).shape[1]
 
     @property
     def image_px(self) -> int:
@@ -79,8 +86,14 @@ class Teacher:
         return _rounded(F.normalize(by_class.mean(1), dim=-1))
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of this teacher."""
-        return self.frozen.describe() | {"width": self.width, "logit_scale": self.logit_scale}
+        """What the manifest says of this teacher. `logit_scale` multiplies similarities; a SigLIP adds its `logit_bias`
+        to that, and takes the sigmoid where a CLIP takes the softmax."""
+        said = self.frozen.describe() | {"width": self.width}
+        if self.reads_texts:
+            said["logit_scale"] = self.logit_scale
+        if self.logit_bias is not None:
+            said["logit_bias"] = self.logit_bias
+        return said
 
     @torch.inference_mode()
     def units_of_images(self, pixels: Tensor) -> Tensor:

@@ -212,12 +212,13 @@ class ShardWork:
         was committed before."""
         found, texts = {}, next(iter(self.recipe.text_sets), None)
         if self.recipe.embeddings == "int8" and texts:
-            for name, teacher in self.loaded.teachers.items():
+            for name in self.recipe.text_teachers:
                 pair = [Column("view", next(iter(self.recipe.view_sets)), name), Column("text", texts, name)]
                 parts = [self.answers.get(column, {}).get(0, []) for column in pair]
                 if all(parts):
                     images, captions = (np.concatenate(of)[:MEASURED] for of in parts)
-                    found[name] = loss(images, captions, teacher.logit_scale, "int8")
+                    scale = self.loaded.teachers[name].logit_scale
+                    found[name] = loss(images, captions, scale, "int8")
         return found
 
     def _items(self, column: Column) -> "_Items":

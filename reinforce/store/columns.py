@@ -68,16 +68,16 @@ IDENTITY = (KEY, DIGEST)  # of the data: what a shard's other columns belong to
 def columns(recipe: Recipe, format_version: int = FORMAT_VERSION) -> list[Column]:
     """The columns of every shard's group, in the order in which they are committed. Format 1 had neither digests nor
     places."""
-    views, texts, teachers = recipe.view_sets, recipe.text_sets, recipe.teachers
+    views, texts = recipe.view_sets, recipe.text_sets
     return [
         *(KEY, *([DIGEST, PLACE] if format_version > 1 else []), STATUS, SIZE),
         *(Column("text", name, "caption") for name in texts),
         *(Column("view", name, part) for name in views for part in ("augment", "pixels")),
-        *(Column("text", name, teacher) for name in texts for teacher in teachers),
-        *(Column("view", name, teacher) for name in views for teacher in teachers),
+        *(Column("text", name, teacher) for name in texts for teacher in recipe.text_teachers),
+        *(Column("view", name, teacher) for name in views for teacher in recipe.teachers),
     ]
 
 
 def class_columns(recipe: Recipe) -> list[Column]:
-    """The columns of the group CLASSES: for each set its names, and each teacher's embeddings of them."""
-    return [Column("class", name, part) for name in recipe.class_sets for part in ("name", *recipe.teachers)]
+    """The columns of the group CLASSES: for each set its names, and the embeddings of each teacher that reads texts."""
+    return [Column("class", name, part) for name in recipe.class_sets for part in ("name", *recipe.text_teachers)]

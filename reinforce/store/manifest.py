@@ -159,8 +159,12 @@ class Manifest:
 
 def _as_before(recipe: dict[str, Any]) -> dict[str, Any]:
     """Without what a recipe does not ask for, as manifests were written before it could be asked for: imported texts,
-    packed embeddings."""
-    return {name: node for name, node in recipe.items() if (name, node) not in (("texts", {}), ("embeddings", "bf16"))}
+    packed embeddings, teachers that see images of another size."""
+    teachers = {
+        name: {k: v for k, v in of.items() if (k, v) != ("image_px", None)} for name, of in recipe["teachers"].items()
+    }
+    asked = recipe | {"teachers": teachers}
+    return {name: node for name, node in asked.items() if (name, node) not in (("texts", {}), ("embeddings", "bf16"))}
 
 
 def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class ComkdTrainee(Trainee):
         batch for which student and teacher name the same class; and EduAttention's `alpha`."""
         target = batch.image_targets[self.teacher].float()
         classes = self.classifier.head.classes
+        assert self.facts.logit_scale is not None  # the store has its texts of the classes
         teacher_logits = self.facts.logit_scale * target @ classes.T
         logits = outputs.logit_scale * outputs.image["features"] @ classes.T
         parts, loss = {}, target.new_zeros(())

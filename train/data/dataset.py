@@ -22,8 +22,9 @@ from reinforce.errors import ConfigError
 from reinforce.models.pixels import Normaliser
 from train.config import TrainConfig
 from train.data.loader import Tokenizer
+from train.data.mixture import source_of
 from train.data.order import Order
-from train.data.sources import Opened, source_of
+from train.data.sources import Opened
 
 
 class ReinforcedBatch(NamedTuple):

@@ -20,7 +20,8 @@ from reinforce.errors import ConfigError
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one shard that a stream takes one after the other."""
+    """Rows of one shard that a stream takes one after the other. `epoch`: which of all passes over this shard it is, so
+    that each shows the next view; that of the training, where an epoch goes through it once."""
 
     epoch: int
     shard: str
@@ -30,10 +31,12 @@ class Piece:
 @dataclass(frozen=True)
 class GoodRows:
     """The rows of a shard that can be used: all of its `num_rows` but the `bad` ones. Most shards have none, so that a
-    billion samples take some megabytes, and not eight gigabytes."""
+    billion samples take some megabytes, and not eight gigabytes. An epoch goes through them so many `times`: 2.5 are
+    two whole passes, and half of the rows, other ones in every epoch."""
 
     num_rows: int
     bad: np.ndarray | None = None
+    times: float = 1.0
 
     def __len__(self) -> int:
         return self.num_rows - (0 if self.bad is None else len(self.bad))
@@ -43,6 +46,13 @@ class GoodRows:
         """In the tar's order."""
         every = np.arange(self.num_rows)
         return every if self.bad is None else np.delete(every, self.bad)
+
+    @property
+    def passes(self) -> list[int]:
+        """How many rows each of an epoch's passes takes."""
+        whole = int(self.times)
+        rest = round((self.times - whole) * len(self))
+        return [len(self)] * whole + [rest] * (rest > 0)
 
     @classmethod
     def of(cls, usable: np.ndarray) -> Self:
@@ -56,14 +66,16 @@ class Order:
 
     def __init__(self, good_rows: dict[str, GoodRows], batch_size: int, streams: int, seed: int) -> None:
         self.good_rows = good_rows
-        self.num_samples = sum(map(len, good_rows.values()))
+        passes = {shard: rows.passes for shard, rows in good_rows.items()}
+        self.num_samples = sum(map(sum, passes.values()))  # of an epoch
+        self._passes = [(shard, number, len(of), num) for shard, of in passes.items() for number, num in enumerate(of)]
         self.steps_per_epoch = self.num_samples // batch_size
         self.stream_batch = batch_size // streams
         self.seed = seed
         if not self.steps_per_epoch:
             fits = self.num_samples // streams * streams
             raise ConfigError(
-                f"the shards hold {self.num_samples} good samples, fewer than one batch of {batch_size}; "
+                f"an epoch of the shards has {self.num_samples} good samples, fewer than one batch of {batch_size}; "
                 + (f"use --set global_batch_size={fits}, or give more shards" if fits > 1 else "give more shards")
             )
 
@@ -74,12 +86,12 @@ class Order:
             length = self.steps_per_epoch * self.stream_batch
             low, high = stream * length + step * self.stream_batch, (stream + 1) * length
             start = 0
-            for shard in self._permuted(f"{epoch}", list(self.good_rows)):
-                rows = self.good_rows[shard]
-                end = start + len(rows)
-                if low < end and start < high and len(rows):
-                    order = self._permuted(f"{epoch}/{shard}", rows.rows.tolist())
-                    yield Piece(epoch, shard, np.array(order[max(low - start, 0) : high - start]))
+            for shard, number, per_epoch, num in self._permuted(f"{epoch}", self._passes):
+                end = start + num
+                if low < end and start < high and num:
+                    visit = epoch * per_epoch + number
+                    order = self._permuted(f"{visit}/{shard}", self.good_rows[shard].rows.tolist())[:num]
+                    yield Piece(visit, shard, np.array(order[max(low - start, 0) : high - start]))
                 start = end
             epoch, step = epoch + 1, 0
 

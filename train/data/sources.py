@@ -1,4 +1,5 @@
-"""Where samples come from: tars with a store beside them, or tars alone. Both open a shard for one epoch.
+"""Where samples come from: tars with a store beside them, or tars alone. Both open a shard for one epoch. (Several
+sources as one: mixture.py.)
 
 A source has `good_rows` (of each shard, the rows that can be used), `num_skipped` (those that cannot),
 `teachers` (name to width and `logit_scale`), `fingerprint` (of what it gives, wherever that lies) and
@@ -35,10 +36,17 @@ MIX = "mix"
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """Width of its embeddings, and the multiplier of its similarities."""
+    """Width of its embeddings; the multiplier of its similarities, None where it reads no texts; what a SigLIP adds to
+    them. `partial`: it has not seen all samples, and its targets of the others are NaN."""
 
     width: int
-    logit_scale: float
+    logit_scale: float | None
+    logit_bias: float | None = None
+    partial: bool = False
+
+    @property
+    def reads_texts(self) -> bool:
+        return self.logit_scale is not None
 
 
 @dataclass(frozen=True)
@@ -78,21 +86,6 @@ class Source(Protocol):
     def open(self, shard: str, epoch: int) -> Opened: ...
 
 
-def source_of(config: TrainConfig) -> Source:
-    """The source that a training asks for. Raises ConfigError, and StoreError where the store does not fit."""
-    if not config.shards:
-        raise ConfigError("no shards: say which tars hold the images, with --shards")
-    listed = shards.expand(config.shards)
-    if config.store is not None:
-        return StoreSource(Store(config.store), listed, config)
-    if config.learns_from_teachers:
-        raise ConfigError(
-            "there are no teachers to learn from: give a --store"
-            + ("" if config.comkd else ", or set distill=0 and feature_mse=0 for plain CLIP training")
-        )
-    return PlainSource(listed, config)
-
-
 class StoreSource:
     """Tars and what a store knows of them. Of each column one view or caption is read for an epoch, and not all."""
 
@@ -102,27 +95,32 @@ class StoreSource:
         manifest = store.promised()
         self._has_digests = DIGEST in manifest.columns()
         recipe = manifest.parsed_recipe()
-        view_sets = _some(config.view_set.split("+"), list(recipe.view_sets), "view set", store.url)
+        view_sets = some(config.view_set.split("+"), list(recipe.view_sets), "view set", store.url)
         views = [(name, index) for name in view_sets for index in range(recipe.view_sets[name].num_views)]
         self._views = views[: config.num_views]
         self._num_captions = {name: min(num, config.num_captions or num) for name, num in recipe.text_sets.items()}
         asked_texts = [] if config.comkd else config.text_sets
-        self.text_sets = _some(asked_texts, list(self._num_captions), "text set", store.url)
+        self.text_sets = some(asked_texts, list(self._num_captions), "text set", store.url)
         if not self.text_sets and not config.comkd:
             raise ConfigError(f"{store.url} holds no captions, and CLIP training needs some; only comkd does without")
-        names = _some(config.teachers, list(recipe.teachers), "teacher", store.url)
+        names = some(config.teachers, list(recipe.teachers), "teacher", store.url)
         facts_of = {name: manifest.models["teachers"][name] for name in names}
-        _some(list(config.dist_logit_scale), names, "teacher", store.url)
+        some(list(config.dist_logit_scale), names, "teacher", store.url)
         self.teachers = {
-            name: TeacherFacts(facts["width"], config.dist_logit_scale.get(name, facts["logit_scale"]))
+            name: TeacherFacts(
+                facts["width"],
+                config.dist_logit_scale.get(name, facts.get("logit_scale")),
+                facts.get("logit_bias"),
+            )
             for name, facts in facts_of.items()
-            if config.learns_from_teachers
+            if config.feature_mse or (config.learns_from_teachers and "logit_scale" in facts)
         }
+        self._readers = [name for name, facts in self.teachers.items() if facts.reads_texts]
         with ThreadPoolExecutor(32) as pool:
             good = pool.map(self._good_rows, listed)
             self.good_rows = {shard.name: rows for shard, rows in zip(listed, good, strict=True)}
         self.num_skipped = sum(rows.num_rows - len(rows) for rows in self.good_rows.values())
-        self.fingerprint = _fingerprint(self._promises(manifest, view_sets, names), self.good_rows)
+        self.fingerprint = fingerprint(self._promises(manifest, view_sets, names), self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
         """Raises ManifestMismatch where the tar is not the one that was reinforced, NotCommitted, Corrupt."""
@@ -142,7 +140,7 @@ class StoreSource:
         for name in self.text_sets:
             index = self._index(f"text/{name}", shard, epoch, self._num_captions[name])
             captions[name] = read(f"text/{name}/caption", index).tolist()
-            text_targets[name] = {t: read(f"text/{name}/{t}", index) for t in self.teachers}
+            text_targets[name] = {t: read(f"text/{name}/{t}", index) for t in self._readers}
         if self._config.captions == "mix":
             captions, text_targets = self._mixed(shard, epoch, captions, text_targets)
         return Opened(
@@ -177,8 +175,9 @@ class StoreSource:
         """Of the columns that are learned from, so that a store may grow while a training rests."""
         if manifest.format_version == 1:
             return manifest.fingerprint
+        readers = [name for name in teachers if name in manifest.parsed_recipe().text_teachers]
         columns = [Column("view", name, part) for name in view_sets for part in ("augment", *teachers)]
-        columns += [Column("text", name, part) for name in self.text_sets for part in ("caption", *teachers)]
+        columns += [Column("text", name, part) for name in self.text_sets for part in ("caption", *readers)]
         return " ".join(manifest.promise(column) for column in [KEY, DIGEST, STATUS, *columns])
 
     def _index(self, set_name: str, shard: str, epoch: int, num: int) -> int:
@@ -195,7 +194,7 @@ class StoreSource:
         chosen = (drawn * len(names)).astype(int)
         rows = np.arange(num_rows)
         texts = [captions[names[which]][row] for row, which in enumerate(chosen)]
-        mixed = {t: np.stack([targets[name][t] for name in names])[chosen, rows] for t in self.teachers}
+        mixed = {t: np.stack([targets[name][t] for name in names])[chosen, rows] for t in self._readers}
         return {MIX: texts}, {MIX: mixed}
 
 
@@ -227,7 +226,7 @@ class PlainSource:
         if not any(map(len, self.good_rows.values())):
             told = "; ".join(f"{reason}, as {detail}" for reason, detail in reasons.items())
             raise ConfigError(f"{config.shards}: of {self.num_skipped} samples none can be used: {told}")
-        self.fingerprint = _fingerprint("tars alone", self.good_rows)
+        self.fingerprint = fingerprint("tars alone", self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
         path = local_copy(self._shards[shard].url, self._config.cache_dir)
@@ -270,7 +269,7 @@ def local_copy(url: str, cache_dir: str | None) -> str:
     return str(path)
 
 
-def _fingerprint(whole: str, good_rows: dict[str, GoodRows]) -> str:
+def fingerprint(whole: str, good_rows: dict[str, GoodRows]) -> str:
     digest = hashlib.sha256(whole.encode())
     for shard, rows in good_rows.items():
         digest.update(f";{shard};".encode() + rows.rows.astype("<i8").tobytes())
@@ -288,7 +287,8 @@ def _looked_at(sample: shards.Sample) -> tuple[tuple[int, int], tuple[str, ...],
     return (picture.height, picture.width), sample.captions, None
 
 
-def _some(wanted: list[str] | None, there: list[str], what: str, url: str) -> list[str]:
+def some(wanted: list[str] | None, there: list[str], what: str, url: str) -> list[str]:
+    """What is wanted of what is there; all, where nothing is said. Raises ConfigError for what is not there."""
     absent = [name for name in wanted or [] if name not in there]
     if absent:
         raise ConfigError(f"{url} has no {what} '{absent[0]}' to learn from; it has {', '.join(there)}")

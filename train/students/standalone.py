@@ -6,6 +6,7 @@ timm and open_clip know need none. MobileCLIP-S0's hybrid text tower cannot be h
 
 import ast
 import inspect
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,16 +136,17 @@ def _of_training(folder: Path) -> list[str]:
     config = json.loads((folder / "config.json").read_text())
     report = json.loads((folder / "report.json").read_text())
     asked = config["config"]
+    stores = [part["store"] for part in asked.get("data") or [asked] if part["store"]]
     told = ["## Trained", "", "| | |", "|---|---|"]
     told += [f"| {what} | {value} |" for what, value in {
         "student": report["student"],
         "steps, samples a step": f"{report['steps']}, {asked['global_batch_size']}",
         "samples": report["samples"],
         "weight of the teachers (`distill`)": asked["distill"],
-        "store": Path(asked["store"]).name if asked["store"] else "none: captions alone",
+        "store": ", ".join(Path(store).name for store in stores) or "none: captions alone",
         "versions": ", ".join(f"{package} {number}" for package, number in config["software"].items()),
     }.items()]  # fmt: skip
-    told += ["", *_of_teachers(asked["store"])]
+    told += ["", *itertools.chain(*map(_of_teachers, stores))]
     rows = [
         f"| {name} | {metric} | {value:.4f} |"
         for name, found in report["evaluated"].items()
@@ -156,10 +158,10 @@ def _of_training(folder: Path) -> list[str]:
     return told
 
 
-def _of_teachers(store: str | None) -> list[str]:
+def _of_teachers(store: str) -> list[str]:
     """Who taught; where the store is not to be had any more, nothing."""
     try:
-        manifest = Store(store).manifest() if store else None
+        manifest = Store(store).manifest()
     except (ReinforceError, OSError):
         return []
     if manifest is None:
