@@ -28,24 +28,35 @@ require = $(if $(named),$(if $(missing),echo "make $@: name $(missing) as well; 
 # A job runs in a folder of its own on some node: local paths have to be absolute.
 everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
-.PHONY: help setup setup-gpu reinforce train verify info submit samples picture test test-fast test-slow coverage \
+.PHONY: help setup dev setup-gpu reinforce train verify info submit samples picture test test-fast test-slow coverage \
 	triton test-kernels chaos corrupt simulate check pins format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
-setup: $(VENV)/ready ## the environment in .venv, with the versions of constraints.txt
+setup: $(VENV)/ready ## the environment in .venv, with the versions of constraints.txt; with uv, where that is installed
+
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+INSTALL := $(if $(shell command -v uv),uv pip install -q --python $(PY),$(PIP)) -c constraints.txt
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[reinforce,train,export,fast,dev]'
+	@$(INSTALL) -e '.[reinforce,train,export,fast]'
+	@touch $@
+
+# What tests, checks and experiments need besides. Who only runs does without: a third of the packages.
+dev: $(VENV)/dev
+
+$(VENV)/dev: $(VENV)/ready
+	@echo "adding what tests need to $(VENV) (once)"
+	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
 # Its SSD kernel is Triton's and needs the source alone. The selective scan's, for dmclip_b, is compiled for one card.
 MAMBA := mamba-ssm==2.3.2.post1
 setup-gpu: setup ## mamba-ssm for its SSD kernel; with ARCH=90 (H100; 80 A100, 89 L40S) dmclip_b's too: nvcc, minutes
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools wheel ninja einops transformers
+	@$(PIP) -c constraints.txt setuptools wheel ninja einops transformers
 ifeq ($(ARCH),)
 	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PY) -m pip install --disable-pip-version-check \
 		--no-build-isolation --no-deps $(MAMBA)
@@ -88,42 +99,42 @@ submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=.. RECIPE=name: th
 		-- python -m reinforce run '$(call everywhere,$(SHARDS))' --store '$(call everywhere,$(STORE))' \
 		--recipe '$(RECIPE)' --workers '$(SUBMIT_WORKERS)' $(ARGS)
 
-samples: setup ## rebuild the bundled samples: pictures, teachers, captioner (needs apt-get; about half an hour)
+samples: dev ## rebuild the bundled samples: pictures, teachers, captioner (needs apt-get; about half an hour)
 	@$(PY) -m pipelines.samples
 
-picture: setup ## draw README's picture again, from the samples' store
+picture: dev ## draw README's picture again, from the samples' store
 	@$(PY) -m pipelines.experiments.picture --store stores/samples.zarr --shards 'samples/train/{00000..00003}.tar' \
 		--key 1fab4 --out docs/picture.png
 
-test: setup ## the tests, a few minutes; JOBS=0 runs them in one process
+test: dev ## the tests, a few minutes; JOBS=0 runs them in one process
 	@$(PY) -m pytest $(SIDE_BY_SIDE)
 
-test-fast: setup ## the tests of an edit loop, in less than a minute: no Ray, no training, no other process
+test-fast: dev ## the tests of an edit loop, in less than a minute: no Ray, no training, no other process
 	@$(PY) -m pytest $(SIDE_BY_SIDE) -m '$(FAST)'
 
-test-slow: setup ## the tests at full architecture size: memory and minutes
+test-slow: dev ## the tests at full architecture size: memory and minutes
 	@$(PY) -m pytest -m slow
 
 TRITON := triton==3.7.1
-triton: setup
-	@$(PY) -m pip install -qq --disable-pip-version-check $(TRITON)
+triton: dev
+	@$(PIP) $(TRITON)
 
 test-kernels: triton ## our Triton kernels in its interpreter, and compiled for an H100; no GPU; installs Triton (700 MB)
 	@TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py
 
-coverage: setup ## the tests, and which lines they ran: a table, and pages in htmlcov/
+coverage: dev ## the tests, and which lines they ran: a table, and pages in htmlcov/
 	@$(PY) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered --cov-report=html
 
-simulate: setup ## runs of several writers with faults, in memory: nothing lost, torn or changed (RUNS=10000)
+simulate: dev ## runs of several writers with faults, in memory: nothing lost, torn or changed (RUNS=10000)
 	@RUNS=$(or $(RUNS),10000) FIRST=$(or $(FIRST),0) $(PY) -m pytest -n auto tests/test_simulation.py
 
-corrupt: setup ## damage a store in 2000 ways, one after the other: all found, none read, all mended to the same bytes
+corrupt: dev ## damage a store in 2000 ways, one after the other: all found, none read, all mended to the same bytes
 	@DAMAGES=$(or $(DAMAGES),2000) $(PY) -m pytest -n auto tests/test_repair.py -k any_damage
 
-chaos: setup ## kill workers, driver and nodes at random, and commands at each operation; compare every byte
+chaos: dev ## kill workers, driver and nodes at random, and commands at each operation; compare every byte
 	@$(PY) -m pytest -m chaos
 
-check: setup ## ruff and mypy
+check: dev ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 # In an environment of its own, which is removed: 2 to 10 minutes, 2.5 GB (more where torch comes with CUDA). If pip finds
@@ -138,10 +149,10 @@ pins: ## renew constraints.txt: the newest versions that pyproject.toml allows
 	"$$new/venv/bin/python" -m pip freeze --exclude-editable | sed -e '/ @ /d' -e 's/+.*//' | LC_ALL=C sort -f > "$$new/constraints.txt"; \
 	cp "$$new/constraints.txt" constraints.txt
 
-format: setup ## let ruff lay out the code
+format: dev ## let ruff lay out the code
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-bench: setup ## the benchmarks, one JSON line each (open_clip_loop needs other packages, see its docstring)
+bench: dev ## the benchmarks, one JSON line each (open_clip_loop needs other packages, see its docstring)
 	@for bench in coca augment resize shard slab packing scale identity price losses kernels; do $(PY) -m benchmarks.$$bench --json; done
 
 clean: ## remove what make reinforce made from the samples
