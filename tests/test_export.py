@@ -337,10 +337,10 @@ def test_the_card_tells_of_the_training(tmp_path: Path) -> None:
     student.save(folder / "student")
     described = {"config": {"global_batch_size": 8, "distill": 0.75, "store": None}, "software": {"torch": "2"}}
     (folder / "config.json").write_text(json.dumps(described))
-    told = {"student": "vit_tiny", "steps": 5, "samples": 40, "evaluated": {"own": {"top1": 0.25, "num": 4}}}
+    told = {"student": "vit_tiny", "steps": 5, "samples": 40, "evaluated": {"own": {"acc1": 0.25, "num": 4}}}
     (folder / "report.json").write_text(json.dumps(told))
     card = students.create(str(folder / "student")).documents("X", {"agreement": {"onnx/image": {"min_cosine": 1.0}}})[
         "README.md"
     ]
-    for line in ("| steps, samples a step | 5, 8 |", "| own | top1 | 0.2500 |", "| store | none: captions alone |"):
+    for line in ("| steps, samples a step | 5, 8 |", "| own | acc1 | 0.2500 |", "| store | none: captions alone |"):
         assert line in card.splitlines()

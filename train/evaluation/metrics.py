@@ -3,7 +3,7 @@
 A tie counts as a miss, so that a model which gives everything the same embedding scores 0 and not 1.
 
 Protocols: CLIP's (Radford et al. 2021, arXiv 2103.00020, section 3.1) for classes, with the mean of its templates'
-embeddings; recall at k as CLIP_benchmark counts it for captions.
+embeddings; recall at k as CLIP_benchmark counts it for captions. The names are CLIP_benchmark's, too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,38 +64,38 @@ def zeroshot(
 ) -> Metrics:
     """Classification by the nearest class: (N, D) images with `labels` (N,) in 0..C-1, (C, D) classes, unit norm.
 
-    `top1`, `top5` (with more than 5 classes only) and `mean_per_class`, the mean of top-1 over the classes that have
-    images, are shares from 0 to 1; `num` is N. Where `coarse` names the group of each class, `coarse_top1` is the share
-    of images whose nearest class is of the right group.
+    `acc1`, `acc5` (with more than 5 classes only) and `mean_per_class_recall`, the mean of acc1 over the classes that
+    have images, are shares from 0 to 1; `num` is N. Where `coarse` names the group of each class, `coarse_acc1` is the
+    share of images whose nearest class is of the right group.
     """
     classes = torch.arange(len(class_features), device=labels.device)
     num_before = _num_before(image_features, class_features, labels, classes)
     right = num_before < 1
     num_of_class = labels.bincount()
     share_of_class = labels[right].bincount(minlength=len(num_of_class)).double() / num_of_class
-    top5 = {"top5": _share(num_before < 5)} if len(class_features) > 5 else {}
-    mean_per_class = share_of_class[num_of_class > 0].mean().item()
+    acc5 = {"acc5": _share(num_before < 5)} if len(class_features) > 5 else {}
+    recall = share_of_class[num_of_class > 0].mean().item()
     of_groups = {}
     if coarse:
         names = sorted(set(coarse))
         group = torch.tensor([names.index(name) for name in coarse], device=labels.device)
-        of_groups["coarse_top1"] = _share(_num_before(image_features, class_features, group[labels], group) < 1)
-    return {"top1": _share(right)} | top5 | of_groups | {"mean_per_class": mean_per_class, "num": len(labels)}
+        of_groups["coarse_acc1"] = _share(_num_before(image_features, class_features, group[labels], group) < 1)
+    return {"acc1": _share(right)} | acc5 | of_groups | {"mean_per_class_recall": recall, "num": len(labels)}
 
 
 def retrieval(image_features: Tensor, text_features: Tensor, text_owner: Tensor) -> Metrics:
     """Recall both ways: (N, D) images and (M, D) texts, unit norm; text j is a caption of image `text_owner[j]`, and
     every image has one.
 
-    `image_to_text_rK` is the share of images with at least one of their captions among the K nearest texts;
-    `text_to_image_rK` the share of texts with their image among the K nearest. K is 1, 5 and 10.
+    `text_retrieval_recall@K` is the share of images with at least one of their captions among the K nearest texts;
+    `image_retrieval_recall@K` the share of texts with their image among the K nearest. K is 1, 5 and 10.
     """
     image_id = torch.arange(len(image_features), device=text_owner.device)
     to_text = _num_before(image_features, text_features, image_id, text_owner)
     to_image = _num_before(text_features, image_features, text_owner, image_id)
     return (
-        {f"image_to_text_r{k}": _share(to_text < k) for k in RECALLS}
-        | {f"text_to_image_r{k}": _share(to_image < k) for k in RECALLS}
+        {f"text_retrieval_recall@{k}": _share(to_text < k) for k in RECALLS}
+        | {f"image_retrieval_recall@{k}": _share(to_image < k) for k in RECALLS}
         | {"num_images": len(image_features), "num_texts": len(text_features)}
     )
 
