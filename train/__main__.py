@@ -130,19 +130,27 @@ def export(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", callback=home, help="folder to write; it must not exist yet, or be empty")
     ],
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="put it on Hugging Face, too, as OWNER/NAME; public, if it is not there yet"),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Write a student as an open_clip folder and as ONNX, and check that both give what the student gives.
 
     ONNX has both towers, or the classifier of a student trained with comkd.
 
-    If the check finds a difference, the exit code is 1 and the files stay in OUT.partial.
+    If the check finds a difference, the exit code is 1, the files stay in OUT.partial, and none goes to the hub.
     """
     with errors_as_sentences():
+        from train.hub import Repository
         from train.trained import load
 
-        report = load(student).export(out)
-        show(asdict(report), json_)
+        loaded = load(student)
+        repository = Repository(push_to_hub) if push_to_hub else None
+        report = loaded.export(out)
+        pushed = {"pushed": repository.push(out)} if repository and not report.faults else {}
+        show(asdict(report) | pushed, json_)
     raise typer.Exit(1 if report.faults else 0)
 
 

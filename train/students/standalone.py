@@ -124,7 +124,8 @@ def _body(module: ModuleType) -> str:
 def card(facts: dict[str, Any], checked: dict[str, Any], training: Path | None) -> str:
     """README.md of an export. `facts` are those of export.json, `training` the folder of the fit that it comes from."""
     size, name = facts["preprocess"]["size"], facts["student"]
-    told = [f"# {name}", "", "A small CLIP: images and texts to vectors of one space, written by clip-reinforce.", ""]
+    told = ["---", "library_name: open_clip", "pipeline_tag: zero-shot-image-classification", "tags: [clip]", "---"]
+    told += [f"# {name}", "", "A small CLIP: images and texts to vectors of one space, written by clip-reinforce.", ""]
     told += ["```python", 'import sys; sys.path.insert(0, "FOLDER")  # this one', "import modeling", ""]
     told += ["model, preprocess, tokenizer = modeling.load()  # torch, open_clip_torch, timm", "```", ""]
     preprocess = facts["preprocess"]
