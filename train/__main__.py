@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,11 @@ from reinforce.terminal import (
     typed,
 )
 from train.config import TrainConfig, load_training
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.evaluation.metrics import Precision
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -100,7 +105,12 @@ def fit(
 @app.command(name="eval")
 def eval_(
     student: StudentArgument,
-    sets: Annotated[list[str], typer.Argument(metavar="NAME=SET", help=_EVAL_HELP)],
+    sets: Annotated[
+        list[str], typer.Argument(metavar="NAME=SET", help=f"{_EVAL_HELP}; with --suite the folder of its sets")
+    ],
+    suite: Annotated[
+        Literal["datacomp"] | None, typer.Option(help="DataComp's 38 tasks, as many of them as the folder has")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images or texts per forward pass")] = 256,
     device: DeviceOption = "auto",
     precision: Annotated[
@@ -113,6 +123,9 @@ def eval_(
     All scores are shares from 0 to 1.
 
     A student trained with comkd is scored on its own classes, by the base-to-novel protocol.
+
+    With --suite datacomp FOLDER: DataComp's tasks, each by the metric that counts for it, and their average. The exit
+    code is 1 if one could not be read.
     """
     with errors_as_sentences():
         from reinforce.models.device import pick_device
@@ -120,6 +133,9 @@ def eval_(
         from train.trained import load
 
         place = pick_device(device)
+        if suite:
+            _suite(student, place, sets, batch_size, precision, json_)
+            return
         opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
         show(load(student, place).evaluate(opened, batch_size, precision), json_)
 
@@ -272,6 +288,24 @@ def classify(
             classified[str(path)] = {classifier.names[i]: round(probabilities[i].item(), 4) for i in best}
         show({"classified": classified, "failed": failed} if json_ else classified, json_)
     raise typer.Exit(1 if failed else 0)
+
+
+def _suite(
+    student: str, device: "torch.device", folders: list[str], batch_size: int, precision: "Precision", json_: bool
+) -> None:
+    from train.evaluation.suite import evaluate_suite
+    from train.students import Student
+    from train.trained import load
+
+    if len(folders) != 1:
+        raise ConfigError("--suite takes one folder: clip-train eval STUDENT --suite datacomp FOLDER")
+    loaded = load(student, device)
+    if not isinstance(loaded, Student):
+        raise ConfigError(f"{student} knows its own classes only; a suite needs a student of two towers")
+    report = evaluate_suite(loaded, folders[0], batch_size, precision)
+    print(json.dumps(asdict(report)) if json_ else report.table())
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def _eval_sets(texts: list[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reinforce.models.pixels import Normaliser
-from train.evaluation.sets import EvalSet, Loaded
+from train.evaluation.sets import EvalSet
 
 BLOCK_ROWS = 1024  # of similarities held at once
 RECALLS = (1, 5, 10)
@@ -51,7 +51,7 @@ def evaluate(
             loaded = eval_set.load(student.preprocess_cfg)
             features = embed_images(student, loaded.images, batch_size, precision)
             if eval_set.prompts is None:
-                metrics = _retrieval(student, loaded, features, batch_size, precision)
+                metrics = retrieval_of(student, features, loaded.truth, batch_size, precision)
             else:
                 classes = embed_classes(student, eval_set.prompts, batch_size, precision)
                 metrics = zeroshot(features, torch.tensor(loaded.truth), classes, eval_set.coarse)
@@ -100,6 +100,27 @@ def retrieval(image_features: Tensor, text_features: Tensor, text_owner: Tensor)
     )
 
 
+def worst_group(image_features: Tensor, labels: Tensor, class_features: Tensor, groups: Tensor, k: int) -> float:
+    """The least share, over the groups that have images, of images whose class is among the `k` nearest (WILDS).
+    `groups` (N,) are whole numbers from 0 on; the others as for `zeroshot`."""
+    classes = torch.arange(len(class_features), device=labels.device)
+    right = _num_before(image_features, class_features, labels, classes) < k
+    num_of_group = groups.bincount()
+    shares = groups[right].bincount(minlength=len(num_of_group)).double() / num_of_group
+    return shares[num_of_group > 0].min().item()
+
+
+def macro_f1(image_features: Tensor, labels: Tensor, class_features: Tensor) -> float:
+    """The mean of F1 = 2 right / (given + true) over the classes that have images (WILDS); arguments as for
+    `zeroshot`."""
+    parts = (image_features[i : i + BLOCK_ROWS] for i in range(0, len(image_features), BLOCK_ROWS))
+    given = torch.cat([(part @ class_features.T).argmax(1) for part in parts])
+    num = len(class_features)
+    of_class = labels.bincount(minlength=num)
+    right = labels[given == labels].bincount(minlength=num)
+    return (2 * right.double() / (given.bincount(minlength=num) + of_class))[of_class > 0].mean().item()
+
+
 @torch.no_grad()
 def embed_images(student: Embedder, images: Sequence[Tensor], batch_size: int, precision: Precision = "fp32") -> Tensor:
     """uint8 (3, H, W) images, as `EvalSet.load` gives them -> (N, D) float32 on the CPU, unit norm."""
@@ -138,10 +159,13 @@ def embed_classes(
     return F.normalize(by_class.mean(1), dim=-1)
 
 
-def _retrieval(student: Embedder, loaded: Loaded, features: Tensor, batch_size: int, precision: Precision) -> Metrics:
-    texts = [caption for captions in loaded.truth for caption in captions]
-    owner = torch.tensor([i for i, captions in enumerate(loaded.truth) for _ in captions])
-    return retrieval(features, embed_texts(student, texts, batch_size, precision), owner)
+def retrieval_of(
+    student: Embedder, image_features: Tensor, captions: Sequence[Sequence[str]], batch_size: int, precision: Precision
+) -> Metrics:
+    """`retrieval` of embedded images and of the captions of each."""
+    owner = torch.tensor([i for i, of_it in enumerate(captions) for _ in of_it])
+    texts = embed_texts(student, [caption for of_it in captions for caption in of_it], batch_size, precision)
+    return retrieval(image_features, texts, owner)
 
 
 def _num_before(x: Tensor, y: Tensor, x_id: Tensor, y_id: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ or the tars of a training set, with all captions that `reinforce.data.shards.rea
 evaluated with OpenAI's 80 for ImageNet.
 """
 
+import io
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -29,16 +31,15 @@ from PIL import Image
 from torch import Tensor
 
 from reinforce.data import images, shards
-from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import Sample, Shard, Status
-from reinforce.errors import ConfigError, MissingExtra, SampleError
+from reinforce.errors import ConfigError, SampleError
 from reinforce.models.open_clip import open_clip
+from train.evaluation.folder import NSHARDS, Folder
 
 CLASSNAMES = "classnames.txt"
 COARSE = "coarse_classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
-NSHARDS = "nshards.txt"
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,11 +59,12 @@ class EvalSet:
     """One evaluation set. Opening it reads the small files; `load` reads the tars.
 
     `split` takes the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None if the
-    images have captions. `coarse` is the group of each class, None where nothing is said of groups. Raises ConfigError
+    images have captions. `coarse` is the group of each class, None where nothing is said of groups. With `grouped` the
+    truth of an image with a class is its label and its group, the first number of its `npy`. Raises ConfigError
     if something is missing or contradictory, MissingExtra if the URL needs a package that is not installed.
     """
 
-    def __init__(self, url: str, split: str = "test") -> None:
+    def __init__(self, url: str, split: str = "test", grouped: bool = False) -> None:
         self.url = url.rstrip("/")
         self.classnames: list[str] | None = None
         self.prompts: list[list[str]] | None = None
@@ -72,15 +74,15 @@ class EvalSet:
             self._shards = shards.expand(url)
             self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = _captioned
             return
-        folder = _Folder(self.url)
-        self._shards = _shards(folder, split)
+        folder = Folder(self.url)
+        self._shards = folder.shards(split)
         kind = (folder.text(TYPE) or "classification").strip().lower()
         if kind == "retrieval":
             self._read = _captioned_by_line
         elif kind == "classification":
             self.classnames, self.prompts = _prompts(folder)
             self.coarse = _coarse(folder, len(self.classnames))
-            self._read = partial(_labelled, num_classes=len(self.prompts))
+            self._read = partial(_labelled, num_classes=len(self.prompts), grouped=grouped)
         else:
             raise ConfigError(f"{self.url}/{TYPE}: says '{kind}'; write classification or retrieval")
 
@@ -96,31 +98,36 @@ class EvalSet:
         names no class of the set, or if no sample is left; ShardError if a tar cannot be read.
         """
         if self._kept is None or self._kept[0] != preprocess_cfg:
-            self._kept = preprocess_cfg, self._load(preprocess_cfg)
+            [loaded] = self.parts(preprocess_cfg, sys.maxsize)
+            self._kept = preprocess_cfg, loaded
         return self._kept[1]
 
-    def _load(self, preprocess_cfg: dict[str, Any]) -> Loaded:
+    def parts(self, preprocess_cfg: dict[str, Any], rows: int) -> Iterator[Loaded]:
+        """What `load` gives, `rows` images at a time, for a set that is larger than memory. Raises as `load` does."""
         cfg = open_clip.transform.PreprocessCfg(**preprocess_cfg)
         # The last two steps turn uint8 into float32 and normalise: `embed_images` does both, batch by batch.
         shape = open_clip.transform.image_transform_v2(cfg, is_train=False).transforms[:-2]
-        pixels, truth, skipped = list[Tensor](), list[Any](), Counter[str]()
+        part, skipped, num = Loaded[Any]([], [], 0), Counter[str](), 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for shard in self._shards:  # one at a time: the pool reads ahead without limit
                 for picture, of_it in pool.map(partial(_pixels, shape), self._read(shard)):
                     if isinstance(picture, Status):
                         skipped[picture.reason] += 1
-                    else:
-                        pixels.append(picture)
-                        truth.append(of_it)
-        reasons = ", ".join(f"{reason} {num}" for reason, num in skipped.most_common())
-        if not pixels:
+                        continue
+                    if len(part.images) == rows:
+                        yield part
+                        part = Loaded([], [], 0)
+                    part.images.append(picture)
+                    part.truth.append(of_it)
+                    num += 1
+        reasons = ", ".join(f"{reason} {times}" for reason, times in skipped.most_common())
+        if not num:
             raise ConfigError(
                 f"{self.url}: no sample to evaluate on ({reasons or 'its tars are empty'}); check the set"
             )
         if skipped:
-            num = len(pixels) + skipped.total()
-            log.warning("%s: %d of %d samples skipped: %s", self.url, skipped.total(), num, reasons)
-        return Loaded(pixels, truth, skipped.total())
+            log.warning("%s: %d of %d samples skipped: %s", self.url, skipped.total(), num + skipped.total(), reasons)
+        yield replace(part, num_skipped=skipped.total())
 
 
 def write_classification_set(
@@ -156,57 +163,7 @@ def write_classification_set(
         file.write(f"{num_shards}\n")
 
 
-class _Folder:
-    def __init__(self, url: str) -> None:
-        self.url = url
-        try:
-            self.files, self.path = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            raise MissingExtra(f"{url}: {error}") from None
-        except ValueError as error:
-            raise ConfigError(f"{url}: {error}; give a folder, or tars as 'DIR/*.tar'") from None
-
-    def text(self, name: str) -> str | None:
-        """The text of a file, None where there is none."""
-        try:
-            with as_os_errors():
-                data: bytes = self.files.cat_file(f"{self.path}/{name}")
-            return data.decode("utf-8-sig")
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.url}/{name}: cannot be read: {error}") from error
-
-    def lines(self, name: str) -> list[str] | None:
-        text = self.text(name)
-        return None if text is None else [line.strip() for line in text.rstrip().splitlines()]
-
-    @as_os_errors()
-    def exists(self, name: str) -> bool:
-        return bool(self.files.exists(f"{self.path}/{name}"))
-
-
-def _shards(folder: _Folder, split: str) -> list[Shard]:
-    where = f"{folder.url}/{split}/{NSHARDS}"
-    text = folder.text(f"{split}/{NSHARDS}")
-    if text is None:
-        raise ConfigError(
-            f"{where}: not found; an evaluation set is a folder in CLIP_benchmark's layout, or tars as 'DIR/*.tar'"
-        )
-    if text.lstrip().startswith("<"):
-        raise ConfigError(f"{where} is a page about the file; of a repository on Hugging Face give .../resolve/main")
-    if not text.strip().isdecimal() or int(text) == 0:
-        raise ConfigError(f"{where}: says '{text.strip()[:40]}'; it has to be the number of tars beside it")
-    num = int(text)
-    absent = next((i for i in range(num) if not folder.exists(f"{split}/{i}.tar")), None)
-    if absent is not None:
-        raise ConfigError(f"{where}: says {num}, and {absent}.tar is not there; add it, or correct the number")
-    if folder.exists(f"{split}/{num}.tar"):
-        raise ConfigError(f"{where}: says {num}, and {num}.tar is there as well; remove it, or correct the number")
-    return [Shard(str(i), f"{folder.url}/{split}/{i}.tar") for i in range(num)]
-
-
-def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
+def _prompts(folder: Folder) -> tuple[list[str], list[list[str]]]:
     """Names and texts of the classes."""
     classnames, templates = folder.lines(CLASSNAMES), folder.lines(TEMPLATES)
     if classnames is None:
@@ -223,7 +180,7 @@ def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
     return classnames, [[t.replace("{c}", name).replace("{}", name) for t in templates] for name in classnames]
 
 
-def _coarse(folder: _Folder, num_classes: int) -> list[str] | None:
+def _coarse(folder: Folder, num_classes: int) -> list[str] | None:
     lines = folder.lines(COARSE)
     if lines is not None and len(lines) != num_classes:
         raise ConfigError(f"{folder.url}/{COARSE}: {len(lines)} lines for {num_classes} classes; write one for each")
@@ -249,14 +206,24 @@ def _check_label(key: str, label: int, num_classes: int) -> None:
         )
 
 
-def _labelled(shard: Shard, num_classes: int) -> Iterator[tuple[Sample, int]]:
-    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls")):
+def _labelled(shard: Shard, num_classes: int, grouped: bool) -> Iterator[tuple[Sample, Any]]:
+    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls", *(["npy"] if grouped else []))):
         try:
             label = int(parts.get("cls", b"").decode())
         except ValueError:
             raise ConfigError(f"{shard.url}: {key}.cls is missing or not a number; write the label as digits") from None
         _check_label(f"{shard.url}: {key}", label, num_classes)
-        yield _sample(key, parts, ()), label
+        yield _sample(key, parts, ()), (label, _group(f"{shard.url}: {key}", parts)) if grouped else label
+
+
+def _group(where: str, parts: dict[str, bytes]) -> int:
+    try:
+        group = int(np.lib.format.read_array(io.BytesIO(parts["npy"]), allow_pickle=False).reshape(-1)[0])
+    except (KeyError, ValueError, IndexError, EOFError):
+        group = -1
+    if group < 0:
+        raise ConfigError(f"{where}.npy is missing, or its first number is no group; groups are counted from 0")
+    return group
 
 
 def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]:
