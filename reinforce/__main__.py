@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 done, but some shards failed or a check found faults; 2 th
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,9 +29,8 @@ from reinforce.terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from reinforce.check.repair import RepairReport
+    from reinforce.exchange.captions import CaptionReport
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(commands.importing, name="import")
@@ -90,6 +90,10 @@ def run(
     store: StoreOption,
     recipe: RecipeOption = None,
     set_: SetOption = [],
+    texts: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE", help="captions that were written elsewhere, as for `import captions`"),
+    ] = [],
     workers: WorkersOption = _DEFAULTS.workers,
     device: DeviceOption = _DEFAULTS.device,
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
@@ -102,7 +106,7 @@ def run(
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes}
-    _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
+    _run(shards, store, recipe, set_, json_, texts, workers=workers, device=device, **options)
 
 
 @app.command()
@@ -124,7 +128,7 @@ def extend(
     there stays as it is, and may be read meanwhile."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes, "extend": True}
-    _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
+    _run(shards, store, recipe, set_, json_, [], workers=workers, device=device, **options)
 
 
 @app.command()
@@ -150,17 +154,37 @@ def plan(
         show(asdict(reckon(shards, store, loaded, parse(RunOptions, asked, "the request"), card)), json_)
 
 
-def _run(shards: str, store: str, recipe: str | None, set_: list[str], json_: bool, **options: Any) -> None:
+def _run(
+    shards: str,
+    store: str,
+    recipe: str | None,
+    set_: list[str],
+    json_: bool,
+    texts: Sequence[str],
+    **options: Any,
+) -> None:
+    from reinforce.exchange.captions import run_with_captions
     from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
         loaded = _recipe(recipe, store, set_)
         asked = parse(RunOptions, options, "the request")
+        files = commands.files_of("--texts", texts)
+        captions: list[CaptionReport] = []
         with redirect_stdout(sys.stderr):  # Ray prints news of its workers on stdout, which is for the answer
-            report = run_driver(shards, store, loaded, asked)
+            if files:
+                report, captions = run_with_captions(shards, store, loaded, files, asked)
+            else:
+                report = run_driver(shards, store, loaded, asked)
         if json_:
-            print(json.dumps({"recipe": loaded.name} | asdict(report)))
+            told = {"captions": [asdict(written) for written in captions]} if captions else {}
+            print(json.dumps({"recipe": loaded.name} | asdict(report) | told))
         else:
+            for written in captions:
+                print(
+                    f"Captions '{written.text_set}': {written.num_captions} for each of {written.samples} samples; "
+                    f"{written.without_caption} have none, {written.without_image} are of no sample"
+                )
             training = f"--recipe {recipe}" if recipe in listed("TRAINING") else "--student mamba_small"
             _print_run(report, shards, loaded, training)
     raise typer.Exit(1 if report.failed else 0)
@@ -298,7 +322,7 @@ def redo(
     _mend(lambda options: again(store, names, shards, options), store, workers, device, json_)
 
 
-def _mend(work: "Callable[[RunOptions], RepairReport]", store: str, workers: str, device: str, json_: bool) -> None:
+def _mend(work: Callable[[RunOptions], "RepairReport"], store: str, workers: str, device: str, json_: bool) -> None:
     with errors_as_sentences():
         # Shards that are there were accepted before, whatever their share of bad samples.
         options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")

@@ -1,6 +1,7 @@
 """The commands `import` and `export`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -117,6 +118,19 @@ def export_columns(
         report = run(store, columns, out, form)
         show(asdict(report), json_)
         raise typer.Exit(1 if report.failed else 0)
+
+
+def files_of(option: str, given: Sequence[str]) -> dict[str, Path]:
+    """Files by name, from texts NAME=FILE. Raises ConfigError."""
+    files: dict[str, Path] = {}
+    for item in given:
+        name, equals, file = item.partition("=")
+        if not (name and equals and file):
+            raise ConfigError(f"{option} {item}: write NAME=FILE, such as vlm=captions.jsonl")
+        if name in files:
+            raise ConfigError(f"{option}: '{name}' is given twice; take another name for one of the files")
+        files[name] = home(Path(file))
+    return files
 
 
 def _widths(given: list[str]) -> dict[str, int]:

@@ -11,7 +11,7 @@ import numpy as np
 from reinforce.config import ORIGINAL
 from reinforce.data import augment
 from reinforce.data.shards import Shard
-from reinforce.errors import ManifestMismatch, ShardError
+from reinforce.errors import ManifestMismatch
 from reinforce.models.ensemble import Answers
 from reinforce.run.batches import Batch, Rows, View, ahead, views
 from reinforce.run.loaded import Loaded
@@ -30,14 +30,27 @@ class ShardWork:
     ) -> None:
         """`promise` is asked for before the first column is written: Store.promise."""
         self.loaded, self.recipe, self.store, self.shard, self.promise = loaded, loaded.recipe, store, shard, promise
-        self.wanted = store.missing(shard.name, columns)
-        self.committed = set(columns) - set(self.wanted)
+        missing = store.missing(shard.name, columns)
+        self.committed = set(columns) - set(missing)
+        # Captions are imported when a shard's keys are there: what needs them waits.
+        self.awaited = {
+            column.set for column in missing if column.part == "caption" and column.set in self.recipe.texts
+        }
+        self.wanted = [column for column in missing if not (column.kind == "text" and column.set in self.awaited)]
         self.rows = Rows()
         self.good: list[int] = []
         self.answers: dict[Column, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
         self._read: dict[Column, np.ndarray] = {}
         self.empty_captions = 0
         self.lost: dict[str, dict[str, float]] = {}
+
+    def lacks(self) -> str:
+        """Which captions it waits for, or nothing."""
+        sets = ", ".join(f"'{name}'" for name in sorted(self.awaited))
+        return sets and (
+            f"{self.shard.name} has no captions of {sets} yet; all that needs none is there: import them with "
+            "`clip-reinforce import captions`, and go on with `clip-reinforce extend`"
+        )
 
     def prepared(self, found: Iterable[Batch], pool: Executor) -> Iterator[tuple[Batch, Inputs]]:
         """Batches with what the captioners see of them: uint8 (n, side, side, 3) for each that is wanted."""
@@ -125,10 +138,6 @@ class ShardWork:
         column = Column("text", name, "caption")
         if column in self.committed:
             return [list(row) for row in self._stored(column)[:, batch.rows]]
-        if name not in self.loaded.captioners:
-            raise ShardError(
-                f"{self.shard.name} has no captions of '{name}' yet: `clip-reinforce import captions` writes them"
-            )
         keys = [sample.key for sample in batch.samples]
         captions = self.loaded.captioners[name].caption(inputs[name], self.recipe.seed, name, keys)
         for row in captions:

@@ -67,6 +67,8 @@ class Worker:
         start = time.monotonic()
         stamp = shards.stamp(shard.url)
         work = ShardWork(self.loaded, self.store, self.columns, shard, self.promise)
+        if work.awaited and not work.wanted:
+            return ShardReport(shard.name, error=work.lacks())
         captioned = self.recipe.num_original_captions > 0
         with ThreadPoolExecutor(self.loaded.threads) as pool:
             ready = ahead(work.prepared(batches(shard, work.rows, self.recipe.batch_size, captioned, pool), pool), 2)
@@ -100,7 +102,7 @@ class Worker:
             empty_captions=work.empty_captions,
             columns_written=0 if refusal else len(work.wanted),
             seconds=time.monotonic() - start,
-            error=refusal,
+            error=refusal or work.lacks(),
             embedding_loss={} if refusal else work.lost,
         )
 
