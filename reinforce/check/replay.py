@@ -130,12 +130,16 @@ def _teachers(manifest: Manifest, recipe: Recipe, device: str, left_out: list[st
         return {}
     teachers = {}
     for name, config in recipe.teachers.items():
+        digest = manifest.models["teachers"][name].get("weights_sha256")
+        if digest is None:
+            left_out.append(f"cosines of teacher {name}: what it said was imported, and its weights are not known")
+            continue
         try:
             teacher = Teacher(config, recipe.batch_size, where, recipe.random_seed)
         except ConfigError as error:
             left_out.append(f"cosines of teacher {name}, which is not at hand: {error}")
             continue
-        if teacher.frozen.digest == manifest.models["teachers"][name]["weights_sha256"]:
+        if teacher.frozen.digest == digest:
             teachers[name] = teacher
         else:
             left_out.append(f"cosines of teacher {name}: the one at hand has other weights than the store's")

@@ -45,6 +45,32 @@ def import_datacompdr(
         raise typer.Exit(1 if report.failed else 0)
 
 
+@importing.command("clip-retrieval")
+def import_clip_retrieval(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=home, help="with img_emb, text_emb and metadata in it")
+    ],
+    images: Annotated[str, typer.Option(help="the tars that were embedded")],
+    store: StoreOption,
+    clip_model: Annotated[
+        str, typer.Option(help="as clip-retrieval was told: ViT-B/32, open_clip:ViT-B-32/laion2b_s34b_b79k, ..")
+    ],
+    teacher: Annotated[str, typer.Option(help="what the model is called in the store")] = "clip",
+    logit_scale: Annotated[float, typer.Option(help="what the model multiplies its cosines by")] = 100.0,
+    max_invalid: Annotated[
+        float, typer.Option(help="a shard with a larger share of samples without image or embedding is refused")
+    ] = 0.1,
+    json_: JsonOption = False,
+) -> None:
+    """Make a store of what clip-retrieval embedded, and of those tars: one view of each image, its middle."""
+    with errors_as_sentences():
+        from reinforce.exchange.clip_retrieval import import_clip_retrieval as run
+
+        report = run(folder, images, store, clip_model, teacher, logit_scale, max_invalid)
+        show(asdict(report), json_)
+        raise typer.Exit(1 if report.failed else 0)
+
+
 @exporting.command("datacompdr")
 def export_datacompdr(
     store: Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")],

@@ -178,6 +178,6 @@ def _of_teachers(store: str) -> list[str]:
     told = ["It learned from these, whose licences hold for what is learned from them; look them up:", ""]
     for kind in ("teachers", "captioners"):
         for name, model in manifest.recipe[kind].items():
-            weights = manifest.models[kind][name]["weights_sha256"][:16]
+            weights = manifest.models[kind][name].get("weights_sha256", "imported")[:16]
             told.append(f"- {kind[:-1]} `{name}`: {model['model']} {model.get('pretrained') or ''} (weights {weights})")
     return [*told, ""]
