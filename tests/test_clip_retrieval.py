@@ -147,7 +147,8 @@ def test_what_belongs_to_nothing_is_left_out(tars: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "model"),
     [
-        ("ViT-B/32", ("ViT-B-32", "openai")),
+        ("ViT-B/32", ("ViT-B-32-quickgelu", "openai")),
+        ("ViT-L/14@336px", ("ViT-L-14-336-quickgelu", "openai")),
         ("open_clip:ViT-H-14/laion2b_s32b_b79k", ("ViT-H-14", "laion2b_s32b_b79k")),
         ("hf_clip:patrickjohncyh/fashion-clip", ("hf_clip:patrickjohncyh/fashion-clip", None)),
     ],

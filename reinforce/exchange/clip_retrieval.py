@@ -60,11 +60,12 @@ def import_clip_retrieval(
 
 
 def _model(told: str) -> tuple[str, str | None]:
-    """open_clip's name and weights of what clip-retrieval calls a model."""
-    name, _, rest = told.partition("/")
-    if told.startswith("open_clip:"):
-        return name.removeprefix("open_clip:"), rest or None
-    return (told.replace("/", "-"), "openai") if ":" not in told else (told, None)
+    """open_clip's name and weights of what clip-retrieval calls a model. A bare name is one of OpenAI's."""
+    kind, colon, rest = told.partition(":")
+    if not colon:
+        return f"{told.replace('/', '-').replace('@336px', '-336')}-quickgelu", "openai"
+    name, _, weights = rest.partition("/")
+    return (name, weights or None) if kind == "open_clip" else (told, None)
 
 
 class _Embedded:
