@@ -379,10 +379,8 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
         )
     if report.failed:
         same = all(failure.quarantined for failure in report.failed)  # another try would read the same samples
-        print(
-            f"Failed: {len(report.failed)} of {report.shards} shards, of which nothing was written. "
-            + ("Repair them:" if same else "Run again to retry:")
-        )
+        following = "Repair them" if same else "Run again to retry"
+        print(f"Failed: {len(report.failed)} of {report.shards} shards. {following}:")
         for failure in report.failed:
             print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
     fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"

@@ -48,7 +48,7 @@ def import_datacompdr(
 @importing.command("clip-retrieval")
 def import_clip_retrieval(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", callback=home, help="with img_emb, text_emb and metadata in it")
+        Path, typer.Argument(metavar="DIR", callback=home, help="a local folder with img_emb, text_emb and metadata")
     ],
     images: Annotated[str, typer.Option(help="the tars that were embedded")],
     store: StoreOption,
