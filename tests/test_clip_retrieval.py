@@ -17,6 +17,7 @@ from reinforce.check.verify import verify
 from reinforce.config import Recipe, ViewSet
 from reinforce.data import augment, images, shards
 from reinforce.errors import ConfigError
+from reinforce.exchange.captions import import_captions
 from reinforce.exchange.clip_retrieval import VIEWS, _model, import_clip_retrieval
 from reinforce.store.store import Store
 from tests import tiny
@@ -100,6 +101,9 @@ def test_a_folder_becomes_a_store(tars: str, recipe: Recipe, tmp_path: Path) -> 
     report = verify(store, tars, 12)
     assert report.sound and report.replay and report.replay["pixel_equal"] == report.replay["views"] == 12
     assert report.unchecked == ["cosines of teacher clip: what it said was imported, and its weights are not known"]
+    (tmp_path / "more.jsonl").write_text('{"key": "000000000", "caption": "x"}')
+    with pytest.raises(ConfigError, match="teacher 'clip' said elsewhere, .*: it cannot embed these captions"):
+        import_captions(tmp_path / "more.jsonl", store, "vlm")
     again = here(app, *command, "--clip-model", model)
     assert json.loads(again[1])["already_there"] == 2
 

@@ -72,13 +72,19 @@ def import_captions(path: Path, store_url: str, name: str, num: int | None = Non
     """Write the captions of a file as the text set `name`, `num` for each image: by default as many as the image with
     most of them has. Where there are fewer they are repeated. `source` says who wrote them.
 
-    Raises ConfigError where the file cannot be read as such or the name is taken, ManifestMismatch where another file
-    was imported under this name.
+    Raises ConfigError where the file cannot be read as such, the name is taken or the store's teachers are not at hand,
+    ManifestMismatch where another file was imported under this name.
     """
     store = Store(store_url)
-    recipe = store.promised().parsed_recipe()
+    manifest = store.promised()
+    recipe = manifest.parsed_recipe()
     if name in recipe.text_sets and name not in recipe.texts:
         raise ConfigError(f"{store_url} has a text set '{name}' already; give another --name")
+    if absent := [of for of, facts in manifest.models["teachers"].items() if facts.get("weights") == "imported"]:
+        raise ConfigError(
+            f"{store_url} holds what teacher '{absent[0]}' said elsewhere, and its weights are not known: it cannot "
+            "embed these captions; `run` makes a store whose teachers can"
+        )
     with opened(path) as file:
         return _write(file, store, name, file.texts(num, source))
 
