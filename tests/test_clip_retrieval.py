@@ -161,6 +161,11 @@ def test_models_are_called_as_open_clip_calls_them(told: str, model: tuple[str, 
     assert _model(told) == model
 
 
+def test_a_name_that_no_column_can_have_is_told(tars: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'a/b' cannot name a column"):
+        import_clip_retrieval(tmp_path, tars, str(tmp_path / "store"), "ViT-B/32", teacher="a/b")
+
+
 def test_embeddings_that_are_no_directions_are_left_out(tars: str, tmp_path: Path) -> None:
     folder = embedded(tmp_path / "out", rows_of(tars), parts=1)
     broken = units(0, 12)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import ml_dtypes
 import numpy as np
 
-from reinforce.config import ORIGINAL, Recipe, Teacher, ViewSet
+from reinforce.config import ORIGINAL, Recipe, ViewSet, parse
 from reinforce.data import augment, shards
 from reinforce.data.shards import Sample
 from reinforce.errors import ConfigError, MissingExtra
@@ -47,12 +47,13 @@ def import_clip_retrieval(
     """
     listed = shards.expand(images)
     model, pretrained = _model(clip_model)
-    recipe = Recipe(
-        name="clip_retrieval",
-        teachers={teacher: Teacher(model=model, pretrained=pretrained)},
-        view_sets={"base": VIEWS},
-        captioners={},
-    )
+    asked = {
+        "name": "clip_retrieval",
+        "teachers": {teacher: {"model": model, "pretrained": pretrained}},
+        "view_sets": {"base": VIEWS},
+        "captioners": {},
+    }
+    recipe = parse(Recipe, asked, "the request")
     with tempfile.TemporaryDirectory() as scratch, closing(sqlite3.connect(Path(scratch) / "rows.db")) as rows:
         found = _Embedded(folder, rows)
         source = Source(lambda _: found.record, "clip-retrieval has nothing of this key and caption", measured=False)
