@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from reinforce.terminal import (
     SetOption,
     VersionOption,
     errors_as_sentences,
+    home,
     show,
     start,
     typed,
@@ -179,6 +181,33 @@ def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
 
 
 @app.command()
+def pack(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|TABLE",
+            callback=home,
+            help="a folder of pictures with their captions in .txt beside them; or a .csv, .tsv or .parquet with a "
+            "column of paths and one of captions",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", callback=home, help="the folder that is written")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="pictures in a tar")] = 10_000,
+    image_column: Annotated[str | None, typer.Option(help="of a table: where the paths are")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="of a table: where the captions are")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Make shards of a folder of pictures, or of a table of paths and captions. The same input gives the same bytes."""
+    from reinforce.exchange.packed import pack as make
+
+    with errors_as_sentences():
+        report = make(source, out, samples_per_shard, image_column, caption_column)
+        following = f"{typed('clip-reinforce')} run '{out}/*.tar' --store STORE --recipe RECIPE"
+        show(asdict(report), json_, following)
+    raise typer.Exit(1 if "missing_file" in report.noted else 0)
+
+
+@app.command()
 def recipes(json_: JsonOption = False) -> None:
     """List the recipes that `run --recipe` takes by name."""
     with errors_as_sentences():
@@ -213,6 +242,7 @@ def info(
         found = check.info(store)
         if quarantine:
             found["quarantine"] = list(check.quarantine(store))
+            found["refused"] = check.refused(store)
         if embeddings:
             from reinforce.check.dial import dial
 
@@ -353,14 +383,15 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
             + "".join(f", {num} {reason}" for reason, num in report.quarantined.items())
             + "."
         )
-    if report.failed:
-        same = all(failure.quarantined for failure in report.failed)  # another try would read the same samples
-        print(
-            f"Failed: {len(report.failed)} of {report.shards} shards, of which nothing was written. "
-            + ("Repair them:" if same else "Run again to retry:")
-        )
-        for failure in report.failed:
+    for kind, num in report.noted.items():
+        print(f"Noted:  {num} {kind}, as {report.first[kind]}")
+    for final, remedy in ((True, "They stay so until this is mended:"), (False, "Run again to retry:")):
+        if failed := [failure for failure in report.failed if failure.final == final]:
+            print(f"Failed: {len(failed)} of {report.shards} shards, of which nothing was written. {remedy}")
+        for failure in failed:
             print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+            for kind, num in failure.noted.items() if failure.quarantined else ():
+                print(f"    {num} {kind}, as {failure.first[kind]}")
     fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
     print(

@@ -7,9 +7,11 @@ A source has `good_rows` (of each shard, the rows that can be used), `num_skippe
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,7 @@ import numpy as np
 
 from reinforce.config import ORIGINAL
 from reinforce.data import augment, draws, images, shards
+from reinforce.data.notes import Notes
 from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import Place, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, SampleError, ShardError
@@ -32,6 +35,7 @@ from train.config import TrainConfig
 from train.data.order import GoodRows
 
 MIX = "mix"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,24 +212,29 @@ class PlainSource:
         self.teachers: dict[str, TeacherFacts] = {}
         self.text_sets = [ORIGINAL]
         self.good_rows, self._sizes, self._captions = {}, {}, {}
-        self.num_skipped, reasons = 0, dict[str, str]()
+        self.num_skipped, skipped, first, notes = 0, Counter[str](), dict[str, str](), Notes()
         with (
             Progress(len(listed), "shard", title="looking at the tars") as progress,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
             for shard in listed:
-                samples = list(pool.map(_looked_at, shards.read(shard)))
+                samples = list(pool.map(_looked_at, shards.read(shard, config.caption_files, notes)))
                 sizes = np.array([size for size, *_ in samples], dtype=np.int32).reshape(-1, 2)
                 self._sizes[shard.name] = sizes
                 self._captions[shard.name] = [captions for _, captions, _ in samples]
                 for reason, detail in (fault for *_, fault in samples if fault):
-                    reasons.setdefault(reason, detail)
+                    skipped[reason] += 1
+                    first.setdefault(reason, detail)
                 self.good_rows[shard.name] = GoodRows.of(sizes[:, 0] > 0)
                 self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
                 progress.add()
+        told = "; ".join(
+            [f"{num} {reason}, as {first[reason]}" for reason, num in sorted(skipped.items())] + notes.told()
+        )
         if not any(map(len, self.good_rows.values())):
-            told = "; ".join(f"{reason}, as {detail}" for reason, detail in reasons.items())
             raise ConfigError(f"{config.shards}: of {self.num_skipped} samples none can be used: {told}")
+        if told:
+            log.warning("%s: not all is used: %s", config.shards, told)
         self.fingerprint = fingerprint("tars alone", self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:

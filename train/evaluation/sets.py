@@ -6,12 +6,14 @@ A set is a folder in CLIP_benchmark's layout, local or an fsspec URL,
     zeroshot_classification_templates.txt   one template per line, `{c}` or `{}` where the class goes
     coarse_classnames.txt                   ours, may be absent: line i names the group that class i is of
     dataset_type.txt                        `retrieval`; absent, or `classification`, for classes
-    test/nshards.txt, test/0.tar, ...       image and `.cls`, or image and `.txt` with one caption per line
+    test/nshards.txt, test/0.tar, ...       image and `.cls` (or `.json` with a label), or image and `.txt` with one
+                                            caption per line
 
 or the tars of a training set, with all captions that `reinforce.data.shards.read` gives. A folder without templates is
 evaluated with OpenAI's 80 for ImageNet.
 """
 
+import json
 import logging
 import os
 from collections import Counter
@@ -28,6 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reinforce.config import CAPTION_FILES, CaptionFiles
 from reinforce.data import images, shards
 from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import Sample, Shard, Status
@@ -57,12 +60,13 @@ class Loaded(Generic[T]):
 class EvalSet:
     """One evaluation set. Opening it reads the small files; `load` reads the tars.
 
-    `split` takes the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None if the
-    images have captions. `coarse` is the group of each class, None where nothing is said of groups. Raises ConfigError
-    if something is missing or contradictory, MissingExtra if the URL needs a package that is not installed.
+    `split` takes the place of `test` above. `files`: how captions lie in tars that are no folder's. `prompts` are the
+    texts of each class of `classnames`; both are None if the images have captions. `coarse` is the group of each class,
+    None where nothing is said of groups. Raises ConfigError if something is missing or contradictory, MissingExtra if
+    the URL needs a package that is not installed.
     """
 
-    def __init__(self, url: str, split: str = "test") -> None:
+    def __init__(self, url: str, split: str = "test", files: CaptionFiles = CAPTION_FILES) -> None:
         self.url = url.rstrip("/")
         self.classnames: list[str] | None = None
         self.prompts: list[list[str]] | None = None
@@ -70,7 +74,7 @@ class EvalSet:
         self._kept: tuple[dict[str, Any], Loaded] | None = None
         if url.endswith(".tar"):
             self._shards = shards.expand(url)
-            self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = _captioned
+            self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = partial(_captioned, files=files)
             return
         folder = _Folder(self.url)
         self._shards = _shards(folder, split)
@@ -250,13 +254,25 @@ def _check_label(key: str, label: int, num_classes: int) -> None:
 
 
 def _labelled(shard: Shard, num_classes: int) -> Iterator[tuple[Sample, int]]:
-    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls")):
+    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls", "json")):
         try:
-            label = int(parts.get("cls", b"").decode())
-        except ValueError:
+            label = _label(parts)
+        except (ValueError, RecursionError):
             raise ConfigError(f"{shard.url}: {key}.cls is missing or not a number; write the label as digits") from None
         _check_label(f"{shard.url}: {key}", label, num_classes)
         yield _sample(key, parts, ()), label
+
+
+def _label(parts: dict[str, bytes]) -> int:
+    """Of `.cls`, or else of `.json`: a number, or an object with one."""
+    if "cls" in parts or "json" not in parts:
+        return int(parts.get("cls", b"").decode())
+    found = json.loads(parts["json"])
+    if isinstance(found, dict):
+        found = next((found[name] for name in ("cls", "label", "class") if name in found), None)
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise ValueError("no label")
+    return found
 
 
 def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]:
@@ -270,8 +286,8 @@ def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]
         yield _sample(key, parts, captions) if captions else Sample(key, b"", (), Status.EMPTY_CAPTION), captions
 
 
-def _captioned(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]:
-    for sample in shards.read(shard):
+def _captioned(shard: Shard, files: CaptionFiles) -> Iterator[tuple[Sample, tuple[str, ...]]]:
+    for sample in shards.read(shard, files):
         yield sample, sample.captions
 
 
