@@ -7,7 +7,6 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +22,6 @@ from reinforce.terminal import (
     SetOption,
     VersionOption,
     errors_as_sentences,
-    home,
     show,
     start,
     typed,
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from reinforce.check.repair import RepairReport
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(commands.pack)
 app.add_typer(commands.importing, name="import")
 app.add_typer(commands.exporting, name="export")
 
@@ -178,33 +177,6 @@ def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
     if stored is None:
         raise ConfigError(f"name a recipe with --recipe: one of these, or a path to your own\n{choice()}")
     return overridden(stored, overrides, f"the recipe of {store}")
-
-
-@app.command()
-def pack(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FOLDER|TABLE",
-            callback=home,
-            help="a folder of pictures with their captions in .txt beside them; or a .csv, .tsv or .parquet with a "
-            "column of paths and one of captions",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", callback=home, help="the folder that is written")],
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="pictures in a tar")] = 10_000,
-    image_column: Annotated[str | None, typer.Option(help="of a table: where the paths are")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="of a table: where the captions are")] = None,
-    json_: JsonOption = False,
-) -> None:
-    """Make shards of a folder of pictures, or of a table of paths and captions. The same input gives the same bytes."""
-    from reinforce.exchange.packed import pack as make
-
-    with errors_as_sentences():
-        report = make(source, out, samples_per_shard, image_column, caption_column)
-        following = f"{typed('clip-reinforce')} run '{out}/*.tar' --store STORE --recipe RECIPE"
-        show(asdict(report), json_, following)
-    raise typer.Exit(1 if "missing_file" in report.noted else 0)
 
 
 @app.command()

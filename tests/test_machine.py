@@ -15,6 +15,7 @@ import pytest
 
 from reinforce.__main__ import app
 from reinforce.config import Recipe, RunOptions
+from reinforce.data.copies import local_copy
 from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import expand
 from reinforce.errors import ConfigError, ShardError
@@ -27,7 +28,6 @@ from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT, here
 from train.__main__ import app as train
-from train.data.sources import local_copy
 from train.evaluation.sets import EvalSet
 
 RUN = RunOptions(workers="0", device="cpu")
@@ -75,9 +75,9 @@ def test_a_connection_that_breaks_costs_its_own_shard(served: str, recipe: Recip
 @pytest.mark.parametrize("name", ["cut", "secret", "nowhere"])
 def test_a_training_says_what_it_cannot_fetch(served: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=rf"{name}.tar: cannot be fetched to .*; check the address, your access and"):
-        local_copy(f"{served}/{name}.tar", str(tmp_path / "cache"))
-    assert not list((tmp_path / "cache").iterdir())  # nothing half is left, to be taken for the whole
-    assert Path(local_copy(f"{served}/whole.tar", str(tmp_path / "cache"))).stat().st_size
+        local_copy(f"{served}/{name}.tar", str(tmp_path / "cache"), None)
+    assert not list((tmp_path / "cache").glob("*"))  # nothing half is left, to be taken for the whole
+    assert Path(local_copy(f"{served}/whole.tar", str(tmp_path / "cache"), None).path).stat().st_size
 
 
 def test_faults_of_ours_stay_what_they_are() -> None:

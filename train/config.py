@@ -142,13 +142,21 @@ class TrainConfig(LoopConfig):
         8, ge=1, description="places in an epoch's order that are read side by side; a multiple of the number of ranks"
     )
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0: decode in the training process")
-    cache_dir: str | None = Field(None, description="folder that remote tars are copied to")
+    cache_dir: str | None = Field(
+        None, description="folder that remote tars are copied to; by default ~/.cache/clip-reinforce"
+    )
+    cache_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="what these copies may take, the oldest go first; by default what the disk has room for",
+    )
 
     eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout, or tars with captions")
 
     free: ClassVar[frozenset[str]] = LoopConfig.free | {
         "workers",
         "cache_dir",
+        "cache_bytes",
         "shards",
         "store",
         "data",

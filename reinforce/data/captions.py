@@ -1,4 +1,4 @@
-"""The files of a sample that hold captions in, texts out."""
+"""The files of a sample that hold captions or a class in, texts or a label out."""
 
 import json
 from typing import Any
@@ -33,6 +33,18 @@ def captions(key: str, parts: dict[str, bytes], files: CaptionFiles) -> tuple[st
     if texts:
         raise SampleError(Status.EMPTY_CAPTION, f"{key}: its captions are empty; fill or remove them")
     raise SampleError(Status.MISSING_CAPTION, f"{key}: has no .txt, and no captions in .json; {_remedy(parts, fields)}")
+
+
+def label(parts: dict[str, bytes]) -> int:
+    """The class in `.cls`, or else in `.json`: a number, or an object with one. Raises ValueError, RecursionError."""
+    if LABEL in parts or "json" not in parts:
+        return int(parts.get(LABEL, b"").decode())
+    found = json.loads(parts["json"])
+    if isinstance(found, dict):
+        found = next((found[name] for name in ("cls", "label", "class") if name in found), None)
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise ValueError("holds no label")
+    return found
 
 
 def num_lines(txt: bytes) -> int:

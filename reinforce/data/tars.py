@@ -73,7 +73,7 @@ def begins_as_tar(path: str) -> bool:
     with open(path, "rb") as file:
         first = file.read(tarfile.BLOCKSIZE)
     try:
-        _Header.frombuf(first, **_NAMES)
+        tarfile.TarInfo.frombuf(first, **_NAMES)
     except tarfile.HeaderError:
         return first == bytes(tarfile.BLOCKSIZE)  # one without a member
     return True

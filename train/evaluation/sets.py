@@ -13,7 +13,6 @@ or the tars of a training set, with all captions that `reinforce.data.shards.rea
 evaluated with OpenAI's 80 for ImageNet.
 """
 
-import json
 import logging
 import os
 from collections import Counter
@@ -31,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from reinforce.config import CAPTION_FILES, CaptionFiles
-from reinforce.data import images, shards
+from reinforce.data import captions, images, shards
 from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import ConfigError, MissingExtra, SampleError
@@ -256,23 +255,11 @@ def _check_label(key: str, label: int, num_classes: int) -> None:
 def _labelled(shard: Shard, num_classes: int) -> Iterator[tuple[Sample, int]]:
     for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls", "json")):
         try:
-            label = _label(parts)
+            label = captions.label(parts)
         except (ValueError, RecursionError):
             raise ConfigError(f"{shard.url}: {key}.cls is missing or not a number; write the label as digits") from None
         _check_label(f"{shard.url}: {key}", label, num_classes)
         yield _sample(key, parts, ()), label
-
-
-def _label(parts: dict[str, bytes]) -> int:
-    """Of `.cls`, or else of `.json`: a number, or an object with one."""
-    if "cls" in parts or "json" not in parts:
-        return int(parts.get("cls", b"").decode())
-    found = json.loads(parts["json"])
-    if isinstance(found, dict):
-        found = next((found[name] for name in ("cls", "label", "class") if name in found), None)
-    if not isinstance(found, int) or isinstance(found, bool):
-        raise ValueError("no label")
-    return found
 
 
 def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]:
