@@ -12,7 +12,7 @@ from reinforce.check.info import info, quarantine, refused
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import tars
 from reinforce.data.shards import Status
-from reinforce.errors import ConfigError, StoreError
+from reinforce.errors import ConfigError, NotCommitted, StoreError
 from reinforce.run import driver
 from reinforce.store.store import Store
 from tests import broken, tiny
@@ -107,6 +107,8 @@ def test_a_refused_shard_is_told_until_it_is_in_the_store(
     assert told["refused"]["0"]["quarantined"] == {"missing_image": 1}
     assert told["refused"]["0"]["noted"] == {"dots_in_name": 12}
     assert CliRunner().invoke(app, ["verify", store]).exit_code == 0  # the note is no fault of the store
+    with pytest.raises(NotCommitted, match=r"lacks 0, which was refused; leave it out: 1 of 1 samples are invalid"):
+        source_of(TrainConfig(shards=f"{tmp_path}/*.tar", store=store))
     tars.write(tar, [(f"{i}.{of}", part) for i in range(12) for of, part in (("jpg", pictures[i]), ("txt", b"x"))])
     assert CliRunner().invoke(app, command).exit_code == 0
     assert refused(store) == {} and not list((tmp_path / "s").glob("__refused__"))

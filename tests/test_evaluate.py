@@ -310,6 +310,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_said(
     assert (
         "5 of 6 samples skipped: empty_caption 2, truncated_image 1, missing_image 1, caption_not_utf8 1" in caplog.text
     )
+    assert "b: image: JPEG cannot be decoded" in caplog.text and "d: has no .txt with a caption" in caplog.text
     url = tiny.tar(tmp_path / "plain.tar", 3, num_bad=2)
     assert ev.evaluate(student, {"plain": EvalSet(url)})["plain"]["num_skipped"] == 2
 

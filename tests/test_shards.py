@@ -299,7 +299,10 @@ def test_expand_does_not_look_for_remote_files(monkeypatch: pytest.MonkeyPatch) 
         ("{00009..00011}.tar", "00011.tar: names no file"),
         ("z*.tar", r"z\*.tar: names no file"),
         ("memory://nowhere/*.tar", "names no file"),
-        ("d.tar", r"d.tar is a folder; a shard is a tar: write .d.tar/\*.tar"),
+        (
+            "d.tar",
+            r"d.tar is a folder; a shard is a tar: write .d.tar/\*.tar', or .*: clip-reinforce pack d.tar -o DIR",
+        ),
         ("more/*", "notes.txt: a shard is a file NAME.tar"),
         ("s3://bucket/train", "a shard is a file NAME.tar"),
         ("s3://bucket/.tar", "a shard is a file NAME.tar"),

@@ -10,9 +10,9 @@ import numpy as np
 from reinforce.config import Recipe
 from reinforce.data.shards import Status
 from reinforce.errors import NotCommitted, StoreError
+from reinforce.store import refused as notes_of
 from reinforce.store.columns import CLASSES, KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
-from reinforce.store.refused import refusals
 from reinforce.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,8 @@ def info(url: str) -> dict[str, Any]:
     """Counts, sets, bytes, missing columns, and those whose damage was in the way (`verify` looks for all). Embeddings
     are counted raw (2 bytes per number) and as stored."""
     store = Store(url)
-    refused = refusals(store.objects)
-    if store.manifest() is None and refused:
-        told = "\n".join(f"  {shard}: {note['why']}" for shard, note in refused.items())
+    if store.manifest() is None and (notes := refused(url)):
+        told = "\n".join(f"  {shard}: {note['why']}" for shard, note in notes.items())
         raise StoreError(f"no store at {url}: nothing was written of the shards that a run was given\n{told}")
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
@@ -87,7 +86,7 @@ def info(url: str) -> dict[str, Any]:
         "embeddings": recipe.embeddings,
         **({"embedding_loss": manifest.embedding_loss} if manifest.embedding_loss else {}),
         "bytes": {"total": total, "embeddings_raw": raw, "embeddings_stored": stored},
-        "refused_shards": [*refused],
+        "refused_shards": notes_of.refused(store.objects),
         "missing_columns": missing,
         "damaged_columns": damaged,
     }
@@ -95,7 +94,8 @@ def info(url: str) -> dict[str, Any]:
 
 def refused(url: str) -> dict[str, dict[str, Any]]:
     """Of every shard that a run refused, what was wrong: counts by reason, and the first sample of each."""
-    return refusals(Store(url).objects)
+    objects = Store(url).objects
+    return {shard: notes_of.refusal(objects, shard) for shard in notes_of.refused(objects)}
 
 
 def quarantine(url: str) -> Iterator[dict[str, str]]:

@@ -85,7 +85,8 @@ def _texts_in(tree: Any) -> list[str]:
 def _remedy(parts: dict[str, bytes], fields: list[str]) -> str:
     if fields:
         few = ", ".join(fields[:6]) + (", .." if len(fields) > 6 else "")
-        return f"its .json has texts under {few}: name the right ones with --set caption_keys=KEY, or add .txt"
+        how = "--set caption_keys=KEY (eval: --caption-key KEY)"
+        return f"its .json has texts under {few}: name the right ones with {how}, or add .txt"
     if LABEL in parts:
         return "it has a class: --set num_original_captions=0 reinforces images that have no captions"
     return "add one"

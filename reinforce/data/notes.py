@@ -12,7 +12,8 @@ REMEDIES = {
     "hard_link": "is a hard link to a file that does not come before it in the tar; add that file",
     "sparse_file": "is a sparse file, which is not read; write the tar without --sparse",
     "special_file": "is a device or a pipe; leave it out",
-    "dots_in_name": "is a picture in a name of several dots: a key ends at the first dot; rename the files",
+    "dots_in_name": "is a picture in a name of several dots: a key ends at the first dot; rename the files, or let "
+    "`clip-reinforce pack` do so",
     "several_lines": "has several lines, which are one caption; --set caption_lines=true makes each of them one",
     "other_format": "is a picture in a format that is not read; convert it to JPEG, PNG or WebP",
     "missing_file": "cannot be read; check its path",
@@ -20,6 +21,9 @@ REMEDIES = {
     "no_caption": "has no caption; --set num_original_captions=0 reinforces pictures that have none",
     "fewer_captions": "has fewer captions than are asked for, which are repeated; ask for fewer",
 }
+
+
+HARMLESS = {"hidden", "unused_extension"}  # nothing is to be done
 
 
 @dataclass

@@ -118,7 +118,10 @@ def _urls(pattern: str) -> Iterator[str]:
         except OSError as error:
             raise ConfigError(f"{url}: cannot be listed: {error}; check the address and your access to it") from error
         if not found and url and files.isdir(path):
-            raise ConfigError(f"{url} is a folder; a shard is a tar: write '{url.rstrip('/')}/*.tar'")
+            raise ConfigError(
+                f"{url} is a folder; a shard is a tar: write '{url.rstrip('/')}/*.tar', or make tars of its pictures: "
+                f"clip-reinforce pack {url} -o DIR"
+            )
         if not found:
             raise ConfigError(f"{url or 'the empty pattern'}: names no file; check the path, or leave it out")
         yield from found if local else map(files.unstrip_protocol, found)

@@ -129,9 +129,14 @@ class _File(io.RawIOBase):
     def at(self, member: Member) -> bytes:
         """The bytes of a member that was passed already."""
         here = self.file.tell()
-        self.file.seek(member.offset)
-        data = self.file.read(member.length)
-        self.file.seek(here)
+        try:
+            self.file.seek(member.offset)
+            data = self.file.read(member.length)
+            self.file.seek(here)
+        except ValueError:  # a server that gives whole files only
+            raise tarfile.ReadError(
+                "it has hard links, and the server does not give parts of it; write it with --hard-dereference"
+            ) from None
         return data
 
 

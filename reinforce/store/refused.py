@@ -26,7 +26,12 @@ def accept(objects: Objects, shard: str) -> None:
             os.rmdir(f"{objects.root}/{FOLDER}")
 
 
-def refusals(objects: Objects) -> dict[str, dict[str, Any]]:
-    """What was noted, by shard."""
-    names = [name.removesuffix(".json") for name in objects.files(FOLDER)]
-    return {name: json.loads(objects.get(f"{FOLDER}/{name}.json")) for name in names}
+def refused(objects: Objects) -> list[str]:
+    """The names of the shards that have a note."""
+    return [name.removesuffix(".json") for name in objects.files(FOLDER)]
+
+
+def refusal(objects: Objects, shard: str) -> dict[str, Any]:
+    """The note: `why` in a sentence, and the counts of a ShardReport."""
+    note: dict[str, Any] = json.loads(objects.get(f"{FOLDER}/{shard}.json"))
+    return note

@@ -20,12 +20,13 @@ import numpy as np
 from reinforce.config import ORIGINAL
 from reinforce.data import augment, draws, images, shards
 from reinforce.data.copies import Copy, local_copy
-from reinforce.data.notes import Notes
+from reinforce.data.notes import HARMLESS, Notes
 from reinforce.data.shards import Place, Shard, Status
-from reinforce.errors import ConfigError, ManifestMismatch, SampleError
+from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, SampleError
 from reinforce.progress import Progress
 from reinforce.store.columns import DIGEST, KEY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
+from reinforce.store.refused import refusal, refused
 from reinforce.store.store import Store, identity
 from train.config import TrainConfig
 from train.data.order import GoodRows
@@ -169,7 +170,15 @@ class StoreSource:
 
     def _good_rows(self, shard: Shard) -> GoodRows:
         """Where all samples are good, the column need not be read: its metadata say so."""
-        about = self._store.attributes(shard.name, STATUS)
+        try:
+            about = self._store.attributes(shard.name, STATUS)
+        except NotCommitted:
+            if shard.name not in refused(self._store.objects):
+                raise
+            why = refusal(self._store.objects, shard.name)["why"]
+            raise NotCommitted(
+                f"{self._store.url} lacks {shard.name}, which was refused; leave it out: {why}"
+            ) from None
         if "num_good" in about and about["num_good"] == about["rows"]:
             return GoodRows(about["rows"])
         return GoodRows.of(self._store.read(shard.name, STATUS) == Status.GOOD)
@@ -232,7 +241,7 @@ class PlainSource:
         )
         if not any(map(len, self.good_rows.values())):
             raise ConfigError(f"{config.shards}: of {self.num_skipped} samples none can be used: {told}")
-        if told:
+        if skipped or notes.counts.keys() - HARMLESS:
             log.warning("%s: not all is used: %s", config.shards, told)
         self.fingerprint = fingerprint("tars alone", self.good_rows)
 

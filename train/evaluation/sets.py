@@ -106,16 +106,19 @@ class EvalSet:
         cfg = open_clip.transform.PreprocessCfg(**preprocess_cfg)
         # The last two steps turn uint8 into float32 and normalise: `embed_images` does both, batch by batch.
         shape = open_clip.transform.image_transform_v2(cfg, is_train=False).transforms[:-2]
-        pixels, truth, skipped = list[Tensor](), list[Any](), Counter[str]()
+        pixels, truth, skipped, first = list[Tensor](), list[Any](), Counter[str](), dict[str, str]()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for shard in self._shards:  # one at a time: the pool reads ahead without limit
                 for picture, of_it in pool.map(partial(_pixels, shape), self._read(shard)):
-                    if isinstance(picture, Status):
-                        skipped[picture.reason] += 1
+                    if isinstance(picture, SampleError):
+                        reason = Status(picture.status).reason
+                        skipped[reason] += 1
+                        first.setdefault(reason, picture.message)
                     else:
                         pixels.append(picture)
                         truth.append(of_it)
         reasons = ", ".join(f"{reason} {num}" for reason, num in skipped.most_common())
+        reasons += "".join(f"; {told}" for told in first.values())
         if not pixels:
             raise ConfigError(
                 f"{self.url}: no sample to evaluate on ({reasons or 'its tars are empty'}); check the set"
@@ -267,10 +270,11 @@ def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]
         try:
             lines = parts.get("txt", b"").decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            yield Sample(key, b"", (), Status.CAPTION_NOT_UTF8), ()
+            yield Sample(key, b"", (), Status.CAPTION_NOT_UTF8, f"{key}.txt: is not UTF-8; convert it"), ()
             continue
-        captions = tuple(caption for line in lines if (caption := line.strip()))
-        yield _sample(key, parts, captions) if captions else Sample(key, b"", (), Status.EMPTY_CAPTION), captions
+        found = tuple(caption for line in lines if (caption := line.strip()))
+        without = Sample(key, b"", (), Status.EMPTY_CAPTION, f"{key}: has no .txt with a caption; add one")
+        yield _sample(key, parts, found) if found else without, found
 
 
 def _captioned(shard: Shard, files: CaptionFiles) -> Iterator[tuple[Sample, tuple[str, ...]]]:
@@ -280,17 +284,20 @@ def _captioned(shard: Shard, files: CaptionFiles) -> Iterator[tuple[Sample, tupl
 
 def _sample(key: str, parts: dict[str, bytes], captions: tuple[str, ...]) -> Sample:
     image = next((parts[extension] for extension in shards.IMAGES if extension in parts), None)
-    return Sample(key, b"", (), Status.MISSING_IMAGE) if image is None else Sample(key, image, captions)
+    if image is None:
+        few = ", ".join(shards.IMAGES)
+        return Sample(key, b"", (), Status.MISSING_IMAGE, f"{key}: has no image that is read; add one of {few}")
+    return Sample(key, image, captions)
 
 
-def _pixels(steps: list[Callable[[Image.Image], Image.Image]], row: tuple[Sample, T]) -> tuple[Tensor | Status, T]:
+def _pixels(steps: list[Callable[[Image.Image], Image.Image]], row: tuple[Sample, T]) -> tuple[Tensor | SampleError, T]:
     sample, truth = row
     if sample.status != Status.GOOD:
-        return sample.status, truth
+        return SampleError(sample.status, sample.detail), truth
     try:
         picture = images.decode(sample.image)
     except SampleError as error:
-        return Status(error.status), truth
+        return SampleError(error.status, f"{sample.key}: {error}"), truth
     for step in steps:
         picture = step(picture)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1), truth
