@@ -17,12 +17,11 @@ def captions(key: str, parts: dict[str, bytes], files: CaptionFiles) -> tuple[st
     Raises SampleError where there is none.
     """
     texts = _of_txt(key, parts["txt"], files.lines) if "txt" in parts else []
-    fault, fields = "", list[str]()
+    fault, tree = "", None
     if "json" in parts:
         try:
             tree = json.loads(parts["json"])
             texts += _of_json(tree, files.keys)
-            fields = _texts_in(tree)
         except (ValueError, RecursionError) as error:  # matters only where there is no other caption
             fault = str(error)
     found = tuple(dict.fromkeys(caption for text in texts if (caption := " ".join(text.split()))))
@@ -32,7 +31,7 @@ def captions(key: str, parts: dict[str, bytes], files: CaptionFiles) -> tuple[st
         raise SampleError(Status.CAPTION_JSON_BROKEN, f"{key}.json: {fault}; repair it, or add .txt")
     if texts:
         raise SampleError(Status.EMPTY_CAPTION, f"{key}: its captions are empty; fill or remove them")
-    raise SampleError(Status.MISSING_CAPTION, f"{key}: has no .txt, and no captions in .json; {_remedy(parts, fields)}")
+    raise SampleError(Status.MISSING_CAPTION, f"{key}: has no .txt, and no captions in .json; {_remedy(parts, tree)}")
 
 
 def label(parts: dict[str, bytes]) -> int:
@@ -77,12 +76,9 @@ def _of_json(tree: Any, keys: tuple[str, ...]) -> list[str]:
     return tree
 
 
-def _texts_in(tree: Any) -> list[str]:
-    """The keys of metadata under which texts lie."""
-    return [name for name, value in tree.items() if isinstance(value, str)] if isinstance(tree, dict) else []
-
-
-def _remedy(parts: dict[str, bytes], fields: list[str]) -> str:
+def _remedy(parts: dict[str, bytes], tree: Any) -> str:
+    """What to do about a sample without captions, whose metadata are `tree`."""
+    fields = [name for name, value in tree.items() if isinstance(value, str)] if isinstance(tree, dict) else []
     if fields:
         few = ", ".join(fields[:6]) + (", .." if len(fields) > 6 else "")
         how = "--set caption_keys=KEY (eval: --caption-key KEY)"

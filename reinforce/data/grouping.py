@@ -21,8 +21,8 @@ def split(path: str) -> tuple[str, str] | None:
 
 def is_hidden(path: str) -> bool:
     """Dotfiles, webdataset's metadata, and what macOS adds."""
-    *folders, base = path.split("/")
-    return base.startswith(".") or bool(_META.match(path)) or "__MACOSX" in folders
+    folder, _, base = path.rpartition("/")
+    return base.startswith(".") or bool(_META.match(path)) or "__MACOSX" in folder.split("/")
 
 
 def groups(

@@ -143,7 +143,7 @@ def read(shard: Shard, files: CaptionFiles | None = CAPTION_FILES, notes: Notes 
                     Status.DUPLICATE_KEY,
                     f"{key}: comes twice; give each sample one key, its files side by side: tar --sort=name",
                 )
-            extension = image_of(key, members)
+            extension = _image(key, members)
             for name in members:
                 if name not in KNOWN:
                     notes.add("unused_extension", f"{key}.{name}")
@@ -254,7 +254,7 @@ def write(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
     tars.write(path, named())
 
 
-def image_of(key: str, parts: Mapping[str, Member]) -> str:
+def _image(key: str, parts: Mapping[str, Member]) -> str:
     """The extension of its image. Raises SampleError where it has none that is read."""
     for extension in IMAGES:
         if extension in parts and not parts[extension].odd:

@@ -125,7 +125,7 @@ def _samples(pictures: list[_Picture], notes: Notes, progress: Progress) -> Iter
             try:
                 parts = {extension.lower(): _bytes(picture.url)}
                 parts |= {of: _bytes(path) for of, path in picture.beside}
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, ImportError) as error:
                 notes.add("missing_file", f"{picture.name} ({error})")
                 continue
             if len(picture.captions) == 1:
