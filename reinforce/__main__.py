@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from reinforce.exchange.captions import CaptionReport
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(commands.pack)
 app.add_typer(commands.importing, name="import")
 app.add_typer(commands.exporting, name="export")
 
@@ -237,6 +238,7 @@ def info(
         found = check.info(store)
         if quarantine:
             found["quarantine"] = list(check.quarantine(store))
+            found["refused"] = check.refused(store)
         if embeddings:
             from reinforce.check.dial import dial
 
@@ -377,12 +379,15 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
             + "".join(f", {num} {reason}" for reason, num in report.quarantined.items())
             + "."
         )
-    if report.failed:
-        same = all(failure.quarantined for failure in report.failed)  # another try would read the same samples
-        following = "Repair them" if same else "Run again to retry"
-        print(f"Failed: {len(report.failed)} of {report.shards} shards. {following}:")
-        for failure in report.failed:
+    for kind, num in report.noted.items():
+        print(f"Noted:  {num} {kind}, as {report.first[kind]}")
+    for final, remedy in ((True, "They stay so until this is mended:"), (False, "Run again to retry:")):
+        if failed := [failure for failure in report.failed if failure.final == final]:
+            print(f"Failed: {len(failed)} of {report.shards} shards. {remedy}")
+        for failure in failed:
             print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+            for kind, num in failure.noted.items() if failure.quarantined else ():
+                print(f"    {num} {kind}, as {failure.first[kind]}")
     fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
     print(

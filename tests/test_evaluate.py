@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from reinforce.config import CaptionFiles
 from reinforce.data import images, shards
 from reinforce.errors import ConfigError, MissingExtra, ShardError
 from reinforce.models.open_clip import open_clip
@@ -282,8 +283,25 @@ def test_tars_of_a_training_set_give_all_their_captions(student: Student, tmp_pa
     for name in "ab":
         parts = {"jpg": tiny.picture(0), "txt": f"one\n{name}".encode(), "json": many}
         shards.write(str(tmp_path / f"{name}.tar"), [("key", parts)])
-    loaded = EvalSet(f"{tmp_path}/a.tar::{tmp_path}/b.tar").load(student.preprocess_cfg)
+    url = f"{tmp_path}/a.tar::{tmp_path}/b.tar"
+    loaded = EvalSet(url).load(student.preprocess_cfg)
     assert loaded.truth == [("one a", "two", "three"), ("one b", "two", "three")]
+    loaded = EvalSet(url, files=CaptionFiles(lines=True, keys=("none",))).load(student.preprocess_cfg)
+    assert loaded.truth == [("one", "a"), ("one", "b")]
+
+
+def test_a_label_may_be_in_json(student: Student, tmp_path: Path) -> None:
+    url = classification_set(tmp_path)
+    labels = (b"1", b'{"label": 2}', b'{"cls": 0, "width": 3}')
+    samples = [(f"{i}", {"jpg": tiny.picture(i), "json": label}) for i, label in enumerate(labels)]
+    shards.write(f"{url}/test/0.tar", samples)
+    (Path(url) / "test/nshards.txt").write_text("1\n")
+    (Path(url) / "test/1.tar").unlink(missing_ok=True)
+    assert EvalSet(url).load(student.preprocess_cfg).truth == [1, 2, 0]
+    for wrong in (b'"1"', b'{"label": true}', b"{", b'{"width": 3}'):
+        shards.write(f"{url}/test/0.tar", [("a", {"jpg": b"", "json": wrong})])
+        with pytest.raises(ConfigError, match=r"a.cls is missing or not a number"):
+            EvalSet(url).load(student.preprocess_cfg)
 
 
 def test_what_cannot_be_used_is_skipped_counted_and_said(
@@ -304,6 +322,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_said(
     assert (
         "5 of 6 samples skipped: empty_caption 2, truncated_image 1, missing_image 1, caption_not_utf8 1" in caplog.text
     )
+    assert "b: image: JPEG cannot be decoded" in caplog.text and "d: has no .txt with a caption" in caplog.text
     url = tiny.tar(tmp_path / "plain.tar", 3, num_bad=2)
     assert ev.evaluate(student, {"plain": EvalSet(url)})["plain"]["num_skipped"] == 2
 

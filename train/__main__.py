@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reinforce.config import parse
+from reinforce.config import CAPTION_FILES, CaptionFiles, parse
 from reinforce.errors import ConfigError, SampleError
 from reinforce.recipes import choice, listed
 from reinforce.terminal import (
@@ -112,6 +112,12 @@ def eval_(
         Literal["datacomp"] | None, typer.Option(help="DataComp's 38 tasks, as many of them as the folder has")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images or texts per forward pass")] = 256,
+    caption_key: Annotated[
+        list[str], typer.Option(help="key of .json under which captions lie in tars; may be repeated")
+    ] = list(CAPTION_FILES.keys),
+    caption_lines: Annotated[
+        bool, typer.Option("--caption-lines", help="in tars, each line of .txt is a caption, and not all of them one")
+    ] = False,
     device: DeviceOption = "auto",
     precision: Annotated[
         Literal["fp32", "amp_bf16"], typer.Option(help="arithmetic; amp_bf16 is bfloat16 autocast")
@@ -133,10 +139,11 @@ def eval_(
         from train.trained import load
 
         place = pick_device(device)
+        files = CaptionFiles(keys=tuple(caption_key), lines=caption_lines)
         if suite:
             _suite(student, place, sets, batch_size, precision, json_)
             return
-        opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
+        opened = {name: EvalSet(url, files=files) for name, url in _eval_sets(sets).items()}
         show(load(student, place).evaluate(opened, batch_size, precision), json_)
 
 

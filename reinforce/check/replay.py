@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from reinforce.config import Recipe
+from reinforce.config import CaptionFiles, Recipe
 from reinforce.data import augment, images, shards
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, MissingExtra
@@ -86,8 +86,7 @@ def _again(
     kinds = {
         column: pixel_hash_of(store.attributes(shard.name, column)) for column in {ask.column("pixels") for ask in asks}
     }
-    captioned = recipe.num_original_captions > 0
-    for row, picture in _pictures(shard, captioned, keys, {ask.row for ask in asks}):
+    for row, picture in _pictures(shard, recipe.caption_files, keys, {ask.row for ask in asks}):
         for ask in (ask for ask in asks if ask.row == row):
             size = (picture.height, picture.width)
             params = stored[ask.column("augment"), ask.index][row]
@@ -146,8 +145,10 @@ def _teachers(manifest: Manifest, recipe: Recipe, device: str, left_out: list[st
     return teachers
 
 
-def _pictures(shard: Shard, captioned: bool, keys: np.ndarray, rows: set[int]) -> Iterator[tuple[int, Image.Image]]:
-    for row, sample in enumerate(shards.read(shard, captioned)):
+def _pictures(
+    shard: Shard, files: CaptionFiles | None, keys: np.ndarray, rows: set[int]
+) -> Iterator[tuple[int, Image.Image]]:
+    for row, sample in enumerate(shards.read(shard, files)):
         if row >= len(keys) or sample.key != keys[row]:
             raise ConfigError(f"{shard.url} is not the tar that group {shard.name} was made from: row {row} differs")
         if row in rows:

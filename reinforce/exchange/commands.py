@@ -1,4 +1,4 @@
-"""The commands `import` and `export`."""
+"""The commands `pack`, `import` and `export`."""
 
 import json
 from collections.abc import Sequence
@@ -16,6 +16,32 @@ importing = typer.Typer(no_args_is_help=True, help="Make a store of what others 
 exporting = typer.Typer(no_args_is_help=True, help="Write a store in a form that others read.")
 
 StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
+
+
+def pack(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|TABLE",
+            callback=home,
+            help="a folder of pictures with their captions in .txt beside them; or a .csv, .tsv or .parquet with a "
+            "column of paths and one of captions",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", callback=home, help="the folder that is written")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="pictures in a tar")] = 10_000,
+    image_column: Annotated[str | None, typer.Option(help="of a table: where the paths are")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="of a table: where the captions are")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Make shards of a folder of pictures, or of a table of paths and captions. The same input gives the same bytes."""
+    from reinforce.exchange.packed import pack as make
+
+    with errors_as_sentences():
+        report = make(source, out, samples_per_shard, image_column, caption_column)
+        following = f"{typed('clip-reinforce')} run '{out}/*.tar' --store STORE --recipe RECIPE"
+        show(asdict(report), json_, following)
+    raise typer.Exit(1 if "missing_file" in report.noted else 0)
 
 
 @importing.command("datacompdr")

@@ -170,7 +170,7 @@ def _import(
     start = time.monotonic()
     stamp = shards.stamp(shard.url)
     made = _Columns(recipe, widths, source.of_shard(shard), source.absent)
-    for batch in batches(shard, made.rows, _AT_ONCE, recipe.num_original_captions > 0, pool):
+    for batch in batches(shard, made.rows, _AT_ONCE, recipe.caption_files, pool):
         made.take(batch, pool)
     rows = made.rows
     error = (source.measured and made.enlarged(shard)) or rows.refusal(shard.url, max_invalid)

@@ -17,6 +17,7 @@ from reinforce.run.batches import Batch, Rows, View, ahead, views
 from reinforce.run.loaded import Loaded
 from reinforce.store.columns import DIGEST, IDENTITY, KEY, PLACE, STATUS, Column
 from reinforce.store.packing import MEASURED, loss
+from reinforce.store.refused import accept, refuse
 from reinforce.store.store import Store, identity, said_of
 
 Inputs: TypeAlias = dict[str, np.ndarray]
@@ -102,7 +103,12 @@ class ShardWork:
                     raise self._other_tar("another run has just reinforced another tar of that name")
                 if column.part == "caption":
                     return False
+        accept(self.store.objects, self.shard.name)
         return True
+
+    def refuse(self, why: str) -> None:
+        """Leave a note of what is wrong with the samples; nothing else is written."""
+        refuse(self.store.objects, self.shard.name, {"why": why} | self.rows.told())
 
     def _known(self, column: Column) -> np.ndarray:
         if column == KEY:
@@ -131,6 +137,9 @@ class ShardWork:
     def _original_captions(self, batch: Batch) -> list[list[str]]:
         """C lists of n captions."""
         num = self.recipe.num_original_captions
+        for sample in batch.samples if num else []:
+            if len(sample.captions) < num:
+                self.rows.notes.add("fewer_captions", sample.key)
         return [list(row) for row in zip(*(sample.repeated(num) for sample in batch.samples), strict=True)]
 
     def _captions(self, name: str, batch: Batch, inputs: Inputs) -> list[list[str]]:

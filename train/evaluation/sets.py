@@ -6,7 +6,8 @@ A set is a folder in CLIP_benchmark's layout, local or an fsspec URL,
     zeroshot_classification_templates.txt   one template per line, `{c}` or `{}` where the class goes
     coarse_classnames.txt                   ours, may be absent: line i names the group that class i is of
     dataset_type.txt                        `retrieval`; absent, or `classification`, for classes
-    test/nshards.txt, test/0.tar, ...       image and `.cls`, or image and `.txt` with one caption per line
+    test/nshards.txt, test/0.tar, ...       image and `.cls` (or `.json` with a label), or image and `.txt` with one
+                                            caption per line
 
 or the tars of a training set, with all captions that `reinforce.data.shards.read` gives. A folder without templates is
 evaluated with OpenAI's 80 for ImageNet.
@@ -30,7 +31,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reinforce.data import images, shards
+from reinforce.config import CAPTION_FILES, CaptionFiles
+from reinforce.data import captions, images, shards
 from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import ConfigError, SampleError
 from reinforce.models.open_clip import open_clip
@@ -59,13 +61,16 @@ class Loaded(Generic[T]):
 class EvalSet:
     """One evaluation set. Opening it reads the small files; `load` reads the tars.
 
-    `split` takes the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None if the
-    images have captions. `coarse` is the group of each class, None where nothing is said of groups. With `grouped` the
-    truth of an image with a class is its label and its group, the first number of its `npy`. Raises ConfigError
-    if something is missing or contradictory, MissingExtra if the URL needs a package that is not installed.
+    `split` takes the place of `test` above. `files`: how captions lie in tars that are no folder's. `prompts` are the
+    texts of each class of `classnames`; both are None if the images have captions. `coarse` is the group of each class,
+    None where nothing is said of groups. With `grouped` the truth of an image with a class is its label and its group,
+    the first number of its `npy`. Raises ConfigError if something is missing or contradictory, MissingExtra if the URL
+    needs a package that is not installed.
     """
 
-    def __init__(self, url: str, split: str = "test", grouped: bool = False) -> None:
+    def __init__(
+        self, url: str, split: str = "test", files: CaptionFiles = CAPTION_FILES, grouped: bool = False
+    ) -> None:
         self.url = url.rstrip("/")
         self.classnames: list[str] | None = None
         self.prompts: list[list[str]] | None = None
@@ -73,7 +78,7 @@ class EvalSet:
         self._kept: tuple[dict[str, Any], Loaded] | None = None
         if url.endswith(".tar"):
             self._shards = shards.expand(url)
-            self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = _captioned
+            self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = partial(_captioned, files=files)
             return
         folder = Folder(self.url)
         self._shards = folder.shards(split)
@@ -108,13 +113,15 @@ class EvalSet:
         cfg = open_clip.transform.PreprocessCfg(**preprocess_cfg)
         # The last two steps turn uint8 into float32 and normalise: `embed_images` does both, batch by batch.
         shape = open_clip.transform.image_transform_v2(cfg, is_train=False).transforms[:-2]
-        part, skipped, num = Loaded[Any]([], [], 0), Counter[str](), 0
+        part, skipped, first, num = Loaded[Any]([], [], 0), Counter[str](), dict[str, str](), 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             samples = chain.from_iterable(map(self._read, self._shards))
             while group := list(islice(samples, _AT_ONCE)):  # the pool itself would read ahead without limit
                 for picture, of_it in pool.map(partial(_pixels, shape), group):
-                    if isinstance(picture, Status):
-                        skipped[picture.reason] += 1
+                    if isinstance(picture, SampleError):
+                        reason = Status(picture.status).reason
+                        skipped[reason] += 1
+                        first.setdefault(reason, picture.message)
                         continue
                     if len(part.images) == rows:
                         yield part
@@ -123,6 +130,7 @@ class EvalSet:
                     part.truth.append(of_it)
                     num += 1
         reasons = ", ".join(f"{reason} {times}" for reason, times in skipped.most_common())
+        reasons += "".join(f"; {told}" for told in first.values())
         if not num:
             raise ConfigError(
                 f"{self.url}: no sample to evaluate on ({reasons or 'its tars are empty'}); check the set"
@@ -209,10 +217,10 @@ def _check_label(key: str, label: int, num_classes: int) -> None:
 
 
 def _labelled(shard: Shard, num_classes: int, grouped: bool) -> Iterator[tuple[Sample, Any]]:
-    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls", *(["npy"] if grouped else []))):
+    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls", "json", *(["npy"] if grouped else []))):
         try:
-            label = int(parts.get("cls", b"").decode())
-        except ValueError:
+            label = captions.label(parts)
+        except (ValueError, RecursionError):
             raise ConfigError(f"{shard.url}: {key}.cls is missing or not a number; write the label as digits") from None
         _check_label(f"{shard.url}: {key}", label, num_classes)
         yield _sample(key, parts, ()), (label, _group(f"{shard.url}: {key}", parts)) if grouped else label
@@ -233,30 +241,34 @@ def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]
         try:
             lines = parts.get("txt", b"").decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            yield Sample(key, b"", (), Status.CAPTION_NOT_UTF8), ()
+            yield Sample(key, b"", (), Status.CAPTION_NOT_UTF8, f"{key}.txt: is not UTF-8; convert it"), ()
             continue
-        captions = tuple(caption for line in lines if (caption := line.strip()))
-        yield _sample(key, parts, captions) if captions else Sample(key, b"", (), Status.EMPTY_CAPTION), captions
+        found = tuple(caption for line in lines if (caption := line.strip()))
+        without = Sample(key, b"", (), Status.EMPTY_CAPTION, f"{key}: has no .txt with a caption; add one")
+        yield _sample(key, parts, found) if found else without, found
 
 
-def _captioned(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]:
-    for sample in shards.read(shard):
+def _captioned(shard: Shard, files: CaptionFiles) -> Iterator[tuple[Sample, tuple[str, ...]]]:
+    for sample in shards.read(shard, files):
         yield sample, sample.captions
 
 
 def _sample(key: str, parts: dict[str, bytes], captions: tuple[str, ...]) -> Sample:
     image = next((parts[extension] for extension in shards.IMAGES if extension in parts), None)
-    return Sample(key, b"", (), Status.MISSING_IMAGE) if image is None else Sample(key, image, captions)
+    if image is None:
+        few = ", ".join(shards.IMAGES)
+        return Sample(key, b"", (), Status.MISSING_IMAGE, f"{key}: has no image that is read; add one of {few}")
+    return Sample(key, image, captions)
 
 
-def _pixels(steps: list[Callable[[Image.Image], Image.Image]], row: tuple[Sample, T]) -> tuple[Tensor | Status, T]:
+def _pixels(steps: list[Callable[[Image.Image], Image.Image]], row: tuple[Sample, T]) -> tuple[Tensor | SampleError, T]:
     sample, truth = row
     if sample.status != Status.GOOD:
-        return sample.status, truth
+        return SampleError(sample.status, sample.detail), truth
     try:
         picture = images.decode(sample.image)
     except SampleError as error:
-        return Status(error.status), truth
+        return SampleError(error.status, f"{sample.key}: {error}"), truth
     for step in steps:
         picture = step(picture)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1), truth
