@@ -66,15 +66,15 @@ def local_copy(url: str, folder: str | None, max_bytes: int | None) -> Copy:
         kept = _held(path)
         if kept and _is_whole(path, size):
             return kept
-        path.unlink(missing_ok=True)
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
         _make_room(where, size or 0, max_bytes)
-        return _fetched(files, remote, path, size)
+        return _fetched(files, remote, path, size, damaged=kept is not None)
     except OSError as error:
         raise _cannot(url, where, error) from error
 
 
-def _fetched(files: Any, remote: str, path: Path, size: int | None) -> Copy:
+def _fetched(files: Any, remote: str, path: Path, size: int | None, damaged: bool) -> Copy:
+    """`damaged`: what is there is to be replaced; otherwise what another process has put there meanwhile is taken."""
     # Its name says how much room it will need, to others who make room meanwhile; its lock, that it is being written.
     partial = path.with_name(f"{path.name}~{size or 0}~{uuid.uuid4().hex}")
     partial.touch(0o600)
@@ -87,14 +87,16 @@ def _fetched(files: Any, remote: str, path: Path, size: int | None) -> Copy:
         if not _is_whole(partial, size):
             expected = "" if size is None else f" of {size} bytes"
             raise OSError(f"the {partial.stat().st_size} bytes that came are no tar{expected}")
-        try:
-            os.link(partial, path)
-        except FileExistsError:  # another process was faster, and uses its own
-            if other := _held(path):
-                return other
-            os.replace(partial, path)
-        except OSError:  # a file system without links
-            os.replace(partial, path)
+        while not damaged:
+            try:
+                os.link(partial, path)
+                return copy
+            except FileExistsError:  # another process was faster, and uses its own
+                if other := _held(path):
+                    return other
+            except OSError:  # a file system without links
+                break
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return copy
