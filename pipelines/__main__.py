@@ -2,6 +2,7 @@
 
 import sys
 
+from reinforce import signals
 from reinforce.terminal import errors_as_sentences
 
 QUESTIONS = (
@@ -21,7 +22,7 @@ def main() -> None:
     if name not in EXPERIMENTS:
         print(f"{__doc__}\nNames: {', '.join(EXPERIMENTS)}; each explains itself with --help.", file=sys.stderr)
         sys.exit(0 if name in ("", "-h", "--help") else 2)
-    with errors_as_sentences():
+    with signals.taken(ends=True), errors_as_sentences():
         _run(name, sys.argv[2:])
 
 

@@ -1,6 +1,7 @@
 """Write what teachers know about an image-text dataset into a store, once; students learn from it as often as you like.
 
-Exit codes: 0 done; 1 done, but some shards failed or a check found faults; 2 the request was wrong, nothing was done.
+Exit codes: 0 done; 1 done, but some shards failed or a check found faults; 2 the request was wrong, nothing was done;
+130 and 143 stopped by Ctrl-C or SIGTERM (run it again).
 """
 
 import json

@@ -1,10 +1,10 @@
 """All that this project changes for the whole process and not only for itself: global settings of libraries, patches.
 
 One function for each, called from where its library is imported; nothing is loaded before. What depends on names that
-a library may change checks them first, and raises MissingExtra, with the versions, where they have changed. Three
-effects stay with their subjects: importing `reinforce.store.bfloat16` teaches zarr that data type; a training takes
-SIGINT and SIGTERM while it runs and seeds torch at every step (`train/loop.py`, `train/objective.py`); Ray is started
-from the folder of our packages (`run/on_ray.py`).
+a library may change checks them first, and raises MissingExtra, with the versions, where they have changed. Four
+effects stay with their subjects: importing `reinforce.store.bfloat16` teaches zarr that data type; commands and
+trainings take SIGINT and SIGTERM (`signals.py`); a training seeds torch at every step (`train/objective.py`); Ray is
+started from the folder of our packages (`run/on_ray.py`).
 """
 
 import inspect

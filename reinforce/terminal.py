@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from reinforce import signals
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
 
 _ROOM = "free some room there, or write somewhere else, and run the same command again"
@@ -67,7 +69,8 @@ VersionOption = Annotated[
 def start(app: typer.Typer) -> None:
     """Run a command line: what libraries log below a warning is not for the user."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    app()
+    with signals.taken(ends=True):
+        app()
 
 
 def typed(command: str) -> str:
@@ -104,9 +107,11 @@ def print_tree(tree: dict[str, Any], indent: str = "") -> None:
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Exit code 2 for a wrong request, 1 for what went wrong on the way, each with a sentence on stderr."""
+    """Exit code 2 for a wrong request, 1 for what went wrong on the way, each with a sentence on stderr; 130 and 143
+    for SIGINT and SIGTERM."""
     try:
-        yield
+        with _errors_of_stopping():
+            yield
     except ReinforceError as error:
         print(f"error: {error}", file=sys.stderr)
         request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
@@ -120,5 +125,17 @@ def errors_as_sentences() -> Iterator[None]:
         print(f"error: {_of_the_machine(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        signals.told()
+        print(signals.STOPPED, file=sys.stderr)
+        sys.exit(128 + (signals.number() or signal.SIGINT))
+
+
+@contextmanager
+def _errors_of_stopping() -> Iterator[None]:
+    """Once a signal has come, whatever fails does so because of it: other processes may have had the same signal."""
+    try:
+        yield
+    except Exception:
+        if signals.number():
+            raise KeyboardInterrupt from None
+        raise

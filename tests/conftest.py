@@ -39,6 +39,7 @@ HEAVY = {
     "test_repair",
     "test_s3",
     "test_samples",
+    "test_signals",
     "test_simulation",
     "test_start",
     "test_students",

@@ -142,7 +142,7 @@ def test_asked_to_stop_it_says_how_to_go_on(asked: AdaptConfig, tmp_path: Path) 
     process = begun(asked.but(epochs=2000, log_every_n_steps=1), out, tmp_path)
     process.terminate()
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "run the same command again to go on" in told
+    assert process.returncode == 143 and "run the same command again to go on" in told
     (saved,) = (tmp_path / "p/checkpoints").iterdir()
     assert int(saved.stem.removeprefix("step_")) == len(curve(tmp_path / "p")) and not out.exists()
 

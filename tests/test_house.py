@@ -22,7 +22,7 @@ SEES = {
     | GROUND,
     "reinforce.exchange": {f"reinforce.{room}" for room in ("run", "store", "recipes", "terminal", "progress")}
     | SAMPLES,
-    "reinforce.run": {"reinforce.models", "reinforce.store", "reinforce.progress", "reinforce.process"} | SAMPLES,
+    "reinforce.run": {f"reinforce.{room}" for room in ("models", "store", "progress", "process", "signals")} | SAMPLES,
     "reinforce.page": {"reinforce.errors"},
     "reinforce.check": {f"reinforce.{room}" for room in ("page", "run", "models", "store", "progress")} | SAMPLES,
     "reinforce.models": SAMPLES | {"reinforce.process"},
@@ -30,13 +30,14 @@ SEES = {
     "reinforce.data": GROUND | {"reinforce.process"},
     "reinforce.recipes": GROUND,
     "reinforce.config": {"reinforce.errors"},
-    "reinforce.terminal": {"reinforce.errors"},
+    "reinforce.terminal": {"reinforce.errors", "reinforce.signals"},
+    "reinforce.signals": set(),
     "reinforce.progress": set(),
     "reinforce.process": {"reinforce.errors"},
     "reinforce.errors": set(),
 }
 # What `train` may see of `reinforce`: what reads a store, the models, and the doors to the user. Never run or check.
-SEEN = ("models", "store", "recipes", "terminal", "progress", "process", "page")
+SEEN = ("models", "store", "recipes", "terminal", "progress", "process", "page", "signals")
 READER = SAMPLES | {f"reinforce.{room}" for room in SEEN}
 # Modules that may load another by a name that is worked out: what they load is not ours.
 LOADERS = {"train.students.scan"}

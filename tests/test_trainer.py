@@ -207,7 +207,7 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_go_on(
     else:
         process.send_signal(number)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "run the same command again to go on" in told
+    assert process.returncode == 128 + number and "run the same command again to go on" in told
     (saved,) = (run / "checkpoints").iterdir()
     assert int(saved.stem.removeprefix("step_")) == len(curve(run))
 

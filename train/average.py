@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from reinforce import signals
+
 
 class Average:
     """average <- average + share x (newest - average) after every step; `share(step)` is from 0 to 1.
@@ -34,11 +36,12 @@ class Average:
     def in_place(self) -> Iterator[None]:
         """The model with its averaged weights, for a while."""
         own = _copy(self._model)
-        self._model.load_state_dict(self.tensors)
         try:
+            self._model.load_state_dict(self.tensors)
             yield
         finally:
-            self._model.load_state_dict(own)
+            with signals.whole():
+                self._model.load_state_dict(own)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

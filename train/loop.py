@@ -7,14 +7,12 @@ the report; logs.py decides what the bar shows beside the count. A GPU is waited
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from reinforce import signals
 from reinforce.errors import Diverged
 from reinforce.terminal import own_version
 from train import checkpoint
@@ -109,7 +108,7 @@ class Training(ABC, Generic[P]):
         return checkpoint.load(found, self.config, self.fingerprint, self.model, self.optimizer, self.average)
 
     def run(self, step: int) -> Ended:
-        """From step `step` to the last. Asked to stop, it ends the step under way, saves, and raises KeyboardInterrupt.
+        """From step `step` to the last. Asked to stop by SIGINT or SIGTERM, it saves and raises KeyboardInterrupt.
 
         Raises Diverged where a loss is NaN or infinite.
         """
@@ -143,35 +142,45 @@ class Training(ABC, Generic[P]):
         return self.average.in_place() if self.average else nullcontext()
 
     def _steps(self, step: int, journal: Journal) -> dict[str, float]:
-        """Gives the metrics of the last step."""
+        """Gives the metrics of the last step. Asked to stop, it ends the step under way; but where it waits for data,
+        evaluates, or a step takes too long, it stops there. What is saved is what it was before that step."""
         metrics = journal.last_metrics  # of a run before, where no step is left
-        batches, first = self.batches(step), step
-        with _stop_signals() as stop_asked:
-            while step < self.num_steps:
-                before = time.monotonic()
-                pieces = next(batches)
-                wait_s = time.monotonic() - before
-                if step == first:
-                    self.show(pieces, step, journal)
-                metrics, stop = self._step(pieces, step, stop_asked())
-                journal.step(step, metrics, wait_s)
-                step += 1
-                last = step == self.num_steps
-                if last or stop or step % self.config.save_every_n_steps == 0:
-                    self._save(step)
-                if stop and not last:
-                    raise KeyboardInterrupt
-                every = self.config.eval_every_n_steps
-                if every and step % every == 0 and not last:
-                    self._evaluate(step, journal)
+        batches, first, saved = self.batches(step), step, step
+        with signals.taken():
+            try:
+                while step < self.num_steps:
+                    before = time.monotonic()
+                    pieces = next(batches)
+                    wait_s = time.monotonic() - before
+                    if step == first:
+                        self.show(pieces, step, journal)
+                    with signals.finishing() as asked:
+                        metrics, stop = self._gradients(pieces, step, asked())
+                        with signals.whole():
+                            self._update(step)
+                            journal.step(step, metrics, wait_s)
+                            step += 1
+                            last = step == self.num_steps
+                            # Of several ranks, the others have to hear of it in the next step.
+                            stop = stop or (asked() and self.ranks.world_size == 1)
+                            if last or stop or step % self.config.save_every_n_steps == 0:
+                                self._save(step)
+                                saved = step
+                    if stop and not last:
+                        raise signals.Stopped
+                    every = self.config.eval_every_n_steps
+                    if every and step % every == 0 and not last:
+                        self._evaluate(step, journal)
+            except (KeyboardInterrupt, RuntimeError):  # the latter where another rank has ended before this one
+                if signals.number() and step > saved:
+                    with signals.whole():
+                        self._save(step)
+                raise
         return metrics
 
-    def _step(self, pieces: list[P], step: int, stop: bool) -> tuple[dict[str, float], bool]:
-        """One step of the optimiser: the means over ranks of its metrics, and whether any rank was asked to stop."""
+    def _gradients(self, pieces: list[P], step: int, stop: bool) -> tuple[dict[str, float], bool]:
+        """Those of a step: the means over ranks of its metrics, and whether any rank was asked to stop."""
         self.optimizer.zero_grad(set_to_none=True)
-        lr = self.lr_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         parts = self.backward(pieces, step)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
         mine = torch.stack([*parts.values(), norm.detach(), torch.full((), float(stop), device=self.ranks.device)])
@@ -179,12 +188,16 @@ class Training(ABC, Generic[P]):
         metrics = dict(zip([*parts, "grad_norm"], values, strict=True))
         if not all(map(math.isfinite, values)):
             self._give_up(step, metrics, pieces)
+        return metrics | {"lr": self.lr_at(step)}, asked > 0
+
+    def _update(self, step: int) -> None:
+        """One step of the optimiser."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(step)
         self.optimizer.step()
         self.after_step()
-        metrics["lr"] = lr
         if self.average:
             self.average.update(step)
-        return metrics, asked > 0
 
     def _give_up(self, step: int, metrics: dict[str, float], pieces: list[P]) -> None:
         keys = [key for piece in pieces for key in piece.keys]
@@ -211,21 +224,6 @@ class Training(ABC, Generic[P]):
         if self.ranks.is_first:
             state = (self.model, self.optimizer, self.average)
             checkpoint.save(self.out / "checkpoints", step, self.config, self.fingerprint, *state)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; the step under way is finished and saved first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # Python lets no other thread see signals
-        return
-    came: list[int] = []
-    kept = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reinforce import process
+from reinforce import process, signals
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, MissingExtra, ReinforceError
@@ -79,7 +79,8 @@ class Crew:
             self.arguments = (self.recipe, self.store_url, self.options.but(device=device), str(Path.cwd()))
             yield from self._rounds(len(todo))
         finally:
-            self.ray.shutdown()
+            if not signals.number():  # else it may hang, or abort: its processes may have had the signal as well
+                self.ray.shutdown()
 
     def _device(self) -> str:
         """`cuda` or `cpu`, the same for all workers, decided by what the cluster has now. Ray has no public way to ask
@@ -220,6 +221,7 @@ def _ray(num_workers: int) -> Any:
         else:
             num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    signals.take_again()
     return ray
 
 
