@@ -7,6 +7,7 @@ thread may be deep in a library. Its children are killed with the process, those
 have had the signal as well, and what they say on their way down is not for the user.
 """
 
+import ctypes
 import logging
 import os
 import select
@@ -26,6 +27,7 @@ SECOND_S = 1.0  # `timeout`, make and schedulers send one signal twice: to the p
 PATIENCE_S = 5.0  # for what is `finishing`
 END_S = 8.0
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_PR_SET_CHILD_SUBREAPER = 36  # of Linux
 _GIVEN_BACK = b"\0"  # in the pipe, where else numbers of signals are
 
 
@@ -45,13 +47,14 @@ class _Taken:
     def __init__(self, ends: bool) -> None:
         self.ends, self.held, self.told = ends, _Held.NOT, False
         self.number, self._since = 0, 0.0  # of the first signal
-        self._children = dict[int, str]()
         self._main = threading.get_ident()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._before = {number: signal.getsignal(number) for number in (*_NUMBERS, signal.SIGALRM)}
         self.handle()
+        if ends:
+            _adopt()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
@@ -78,12 +81,16 @@ class _Taken:
 
     def end(self) -> NoReturn:
         self.held = _Held.WHOLE
+        if threading.get_ident() == self._main:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # torch raises where a worker of its loader is killed
         if not self.told:
             os.write(2, f"{STOPPED}\n".encode())
-        there = _descendants()
-        for child in there.keys() | {child for child, began in self._children.items() if _began(child) == began}:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(child, signal.SIGKILL)
+        until = time.monotonic() + 1
+        while (there := _descendants()) and time.monotonic() < until:
+            for child in there:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
         os._exit(128 + self.number)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
@@ -98,26 +105,23 @@ class _Taken:
         heard_at = 0.0
         while True:
             ready, _, _ = select.select([self._read], [], [], 1.0 if heard_at else None)
-            heard = os.read(self._read, 64) if ready else None
-            if heard and _GIVEN_BACK in heard:
-                return
+            heard = os.read(self._read, 64) if ready else b""
+            number = next((number for number in _NUMBERS if number in heard), None)
             passed = time.monotonic() - heard_at
-            number = next((number for number in _NUMBERS if heard and number in heard), None)
+            over = passed > END_S and self.held is not _Held.WHOLE
             if number and not heard_at:
                 heard_at = time.monotonic()
                 self._begin_to_end(number)
-            elif (number and self.ends and passed > SECOND_S) or self._is_over(passed, heard_at):
+            elif heard_at and self.ends and (over or (number and passed > SECOND_S)):
                 self.end()
-            elif heard is None:
+            elif not ready:
                 signal.pthread_kill(self._main, signal.SIGALRM)
-
-    def _is_over(self, passed: float, heard_at: float) -> bool:
-        return bool(heard_at) and self.ends and passed > END_S and self.held is not _Held.WHOLE
+            if _GIVEN_BACK in heard:
+                return
 
     def _begin_to_end(self, number: int) -> None:
         if not self.number:  # the main thread is in a library, and has not heard of it yet
             self._since, self.number = time.monotonic(), number
-        self._children = _descendants()  # now: those whose parents end first are nobody's children later
         if self.ends:
             logging.disable(logging.CRITICAL)
             sys.unraisablehook = _say_nothing
@@ -139,10 +143,10 @@ def taken(ends: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if _taken.number and ends:
-            _taken.end()
-        _taken.give_back()
-        _taken = None
+        ended, _taken = _taken, None
+        ended.give_back()
+        if ended.number and ends:
+            ended.end()
 
 
 def take_again() -> None:
@@ -194,30 +198,23 @@ def _held(how: _Held) -> Iterator[None]:
 def _say_nothing(fault: object) -> None: ...
 
 
-def _descendants() -> dict[int, str]:
-    """The children of this process, their children, and so on; and when each began."""
-    children, began = dict[int, list[int]](), dict[int, str]()
+def _adopt() -> None:
+    """Children of children whose parents end become ours (Linux), so that none is out of sight."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _descendants() -> set[int]:
+    """The children of this process, their children, and so on, that are alive."""
+    children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        child = int(path.parent.name)
-        if fields := _fields(child):
-            children.setdefault(int(fields[1]), []).append(child)
-            began[child] = fields[19]
-    found, todo = dict[int, str](), [os.getpid()]
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state, parent, *_ = path.read_text().rpartition(")")[2].split()
+            if state not in "ZX":
+                children.setdefault(int(parent), []).append(int(path.parent.name))
+    found, todo = set[int](), [os.getpid()]
     while todo:
-        for child in children.get(todo.pop(), []):
-            found[child] = began[child]
-            todo.append(child)
+        of_one = children.get(todo.pop(), [])
+        found.update(of_one)
+        todo += of_one
     return found
-
-
-def _began(process: int) -> str | None:
-    fields = _fields(process)
-    return fields[19] if fields else None
-
-
-def _fields(process: int) -> list[str] | None:
-    """Of /proc/PID/stat, from the third on."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
