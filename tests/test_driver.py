@@ -15,6 +15,7 @@ from reinforce.check.info import refused
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch
+from reinforce.run import cluster as cluster_room
 from reinforce.run import driver
 from reinforce.run import on_ray as on_ray_room
 from reinforce.run.reports import ShardReport
@@ -151,7 +152,7 @@ def test_a_gpu_that_the_cluster_does_not_have_is_told_before_any_worker_starts(
 def test_a_gpu_that_this_machine_does_not_have_is_told_before_ray_starts(
     recipe: Recipe, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
-    monkeypatch.setattr(on_ray_room, "_ray", None)
+    monkeypatch.setattr(on_ray_room, "joined", None)
     with pytest.raises(ConfigError, match=r"device cuda was asked for, and torch \S+ finds no GPU"):
         driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers=workers, device="cuda"))
     assert not (tmp_path / "s").exists()
@@ -224,6 +225,58 @@ def test_a_worker_that_has_lost_its_gpu_is_replaced(
     report = driver.run("::".join(tars), str(tmp_path / "s"), recipe, RunOptions(workers="1", device="cpu"))
     assert (report.done, report.failed, report.workers_lost) == (5, [], 1)
     assert tiny.tree(tmp_path / "s") == alone
+
+
+class WithOneThatAlwaysFails(on_ray_room.RemoteWorker):
+    """Of the actors, the first that loads raises at whatever it is asked, at once; its process lives."""
+
+    def load(self, recipe: Recipe, store_url: str, *arguments: Any) -> None:
+        super().load(recipe, store_url, *arguments)
+        Path(store_url).parent.joinpath("loaded").mkdir(exist_ok=True)
+        self.poisoned = not list(Path(store_url).parent.glob("loaded/*"))
+        Path(store_url).parent.joinpath("loaded", str(os.getpid())).touch()
+
+    def reinforce(self, shard: Shard) -> ShardReport:
+        if self.poisoned:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+        return super().reinforce(shard)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_worker_that_always_fails_leaves_and_costs_no_shard(
+    on_ray: None, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    tars = "::".join(tiny.tar(tmp_path / f"in/{i:05d}.tar", 3, seed=i) for i in range(8))
+    monkeypatch.setattr(on_ray_room, "RemoteWorker", WithOneThatAlwaysFails)
+    report = driver.run(tars, str(tmp_path / "s"), recipe, RunOptions(workers=workers, device="cpu"))
+    assert (report.done, report.failed, report.workers_lost) == (8, [], 1)
+
+
+class WithADeadlyShard(on_ray_room.RemoteWorker):
+    def reinforce(self, shard: Shard) -> ShardReport:
+        if shard.name == "00002":
+            os._exit(1)
+        return super().reinforce(shard)
+
+
+def test_a_shard_that_kills_its_workers_is_set_aside_by_name(
+    on_ray: None, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no other shard, not even one that a worker held beside it."""
+    tars = "::".join(tiny.tar(tmp_path / f"in/{i:05d}.tar", 3, seed=i) for i in range(6))
+    monkeypatch.setattr(on_ray_room, "RemoteWorker", WithADeadlyShard)
+    report = driver.run(tars, str(tmp_path / "s"), recipe, RunOptions(workers="1", device="cpu"))
+    assert (report.done, report.workers_lost) == (5, 3)
+    assert [(f.shard, f.attempts, f.reason[:24]) for f in report.failed] == [("00002", 3, "3 workers that had it di")]
+
+
+def test_a_cluster_that_does_not_answer_is_a_sentence(
+    recipe: Recipe, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_room, "_ANSWER_S", 0.5)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"nobody answers at RAY_ADDRESS=127.0.0.1:9: .*refused.*; see that the"):
+        driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers="1", device="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ READER = SAMPLES | {f"reinforce.{room}" for room in SEEN}
 # Modules that may load another by a name that is worked out: what they load is not ours.
 LOADERS = {"train.students.scan"}
 HEAVY = {
-    "ray": {"reinforce.run.on_ray"},
+    "ray": {"reinforce.run.cluster"},
     "zarr": {"reinforce.store.store", "reinforce.store.arrays", "reinforce.store.bfloat16"},
     "open_clip": {"reinforce.models.open_clip"},
     "numba": {"reinforce.data.bicubic"},

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 
@@ -46,6 +47,20 @@ def test_what_is_left_is_reckoned_from_this_run(monkeypatch: pytest.MonkeyPatch,
         now[0] = 30.0
         bar.add()
     assert capsys.readouterr().err == "shard 3/4, about 30 s left\n"
+
+
+def test_a_silence_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Again and again, until there is news."""
+    monkeypatch.setattr(progress, "_SILENT_S", 0.2)
+    with Progress(4, "shard", waits_for=lambda: "shard 00007"):
+        time.sleep(0.7)
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == second == "shard 0/4, nothing new for 0 s: waiting for shard 00007"
+    with Progress(4, "shard", waits_for=lambda: "shard 00007") as bar:
+        for _ in range(4):
+            time.sleep(0.1)
+            bar.add()
+    assert "nothing new" not in capsys.readouterr().err
 
 
 def test_what_a_run_says_beside_the_count() -> None:

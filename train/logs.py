@@ -39,7 +39,8 @@ class Journal:
         self._num_steps, self._first, self._samples_per_step = num_steps, step, samples_per_step
         self._start = time.monotonic()
         self._wait_s = 0.0
-        self._progress = Progress(num_steps, "step", done=step, silent=silent)
+        self.waits_for = "data"  # or what else the next step needs
+        self._progress = Progress(num_steps, "step", done=step, silent=silent, waits_for=lambda: self.waits_for)
         self._watch = Watch()
         self.last_metrics: dict[str, float] = {}  # of the last step that a run before has written
         self.collapse: dict[str, float] | None = None  # of the step that was warned of, in this run or one before

@@ -149,8 +149,9 @@ class Training(ABC, Generic[P]):
         with signals.taken():
             try:
                 while step < self.num_steps:
-                    before = time.monotonic()
+                    before, journal.waits_for = time.monotonic(), "data"
                     pieces = next(batches)
+                    journal.waits_for = "the step to be computed"
                     wait_s = time.monotonic() - before
                     if step == first:
                         self.show(pieces, step, journal)
@@ -214,6 +215,7 @@ class Training(ABC, Generic[P]):
         """Of the averaged weights, where there are such. The first rank's work."""
         if not self.ranks.is_first:
             return {}
+        journal.waits_for = "the evaluation"
         with self.averaged():
             evaluated = self.evaluate()
         if evaluated:

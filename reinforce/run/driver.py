@@ -15,7 +15,7 @@ from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard, expand, stamp, tar_bytes
 from reinforce.errors import ConfigError, Corrupt, NotCommitted, ShardError
-from reinforce.progress import Progress
+from reinforce.progress import Progress, say
 from reinforce.run.on_ray import Crew
 from reinforce.run.reports import Failure, RunReport, ShardReport
 from reinforce.store.columns import CLASSES, DIGEST, Column, class_columns, columns
@@ -53,8 +53,10 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
         low, high = _worker_range(options)
         crew = Crew(store_url, recipe, options, low, high) if high and todo else None
-        answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options)
-        with Progress(len(todo), "shard") as progress:
+        at_work: list[str] = []  # shards, where there is no crew
+        answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options, at_work)
+        here = lambda: f"shard {', '.join(at_work)}" if at_work else "the models to load"  # noqa: E731
+        with Progress(len(todo), "shard", waits_for=crew.waits_for if crew else here) as progress:
             for shard_report, attempts in answers:
                 report.add(shard_report, attempts)
                 progress.add(report.phrase(progress.seconds))
@@ -106,14 +108,25 @@ def _other_tar(store: Store, shard: Shard) -> Failure | None:
     )
 
 
-def _here(todo: list[Shard], store_url: str, recipe: Recipe, options: RunOptions) -> Iterator[tuple[ShardReport, int]]:
-    """Without Ray: one worker in this process."""
+def _here(
+    todo: list[Shard], store_url: str, recipe: Recipe, options: RunOptions, at_work: list[str]
+) -> Iterator[tuple[ShardReport, int]]:
+    """Without Ray: one worker in this process. `at_work` says which shards it has in hand."""
     from reinforce.run.worker import Worker  # loads torch and open_clip: not for a run that finds nothing to do
 
     with process.torch_threads_kept():  # a worker on a CPU sets their number, and this process may be the user's
+        say(f"loading the models of {recipe.name}")
         worker = Worker(recipe, store_url, options)
+
+        def tried(shard: Shard) -> tuple[ShardReport, int]:
+            at_work.append(shard.name)
+            try:
+                return _tried(worker, shard, options.attempts)
+            finally:
+                at_work.remove(shard.name)
+
         with ThreadPoolExecutor(options.shards_in_flight) as pool:
-            yield from pool.map(lambda shard: _tried(worker, shard, options.attempts), todo)
+            yield from pool.map(tried, todo)
 
 
 def _tried(worker: "Worker", shard: Shard, attempts: int) -> tuple[ShardReport, int]:

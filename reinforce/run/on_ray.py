@@ -1,9 +1,8 @@
-"""The only file that knows Ray: an elastic crew of workers, one actor each.
+"""An elastic crew of workers, one Ray actor each. With cluster.py the only file that knows Ray.
 
 Names of shards and counts travel through Ray, never pixels or embeddings, so that its object store stays empty.
 """
 
-import contextlib
 import logging
 import os
 import time
@@ -13,16 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reinforce import process, signals
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
-from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, MissingExtra, ReinforceError
+from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, ReinforceError
+from reinforce.progress import say
+from reinforce.run.cluster import joined
 from reinforce.run.reports import ShardReport
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 1.0  # how often the crew is checked when nothing happens
-_PATIENCE_S = 60.0  # without any worker for so long, say so
+_POISONED = 3  # calls of one worker that raise one after the other: the worker is at fault, and not its shards
 _HUNG_TIMES, _HUNG_LEAST_S = 10.0, 300.0  # a worker that is silent for so long is given up: see RunOptions.hung_after
 _MAX_FAILED_STARTS = 3  # workers in a row that died before they were ready
 
@@ -44,12 +44,15 @@ class RemoteWorker:
 @dataclass
 class _Member:
     """One actor: not ready while `loading` is set; `shards` are the calls it has not answered, `heard` is when it last
-    answered or was given something to do after it had nothing."""
+    answered or was given something to do after it had nothing, `raised` the shards of its last calls, all of which
+    raised."""
 
     actor: Any
     loading: Any
     shards: dict[Any, Shard] = field(default_factory=dict)
     heard: float = field(default_factory=time.monotonic)
+    raised: list[str] = field(default_factory=list)
+    hired: float = field(default_factory=time.monotonic)
 
 
 class Crew:
@@ -68,38 +71,22 @@ class Crew:
 
         Raises ConfigError before any worker starts where the cluster has no GPU and one was asked for.
         """
-        self.ray = _ray(self.high)
         self.queue = deque(todo)
         self.tries: Counter[str] = Counter()
-        try:
-            device = self._device()
+        self.deaths: Counter[str] = Counter()  # of workers that had it
+        with joined(self.high) as self.cluster:
+            self.ray = self.cluster.ray
+            device = self.cluster.device(self.options.device)
             self.needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
+            say(f"Ray: {self.cluster.has()}; {self._asks()}")
             self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
             # The device and not `auto`: a worker with a GPU that its torch cannot use must fail, not go on without it.
             self.arguments = (self.recipe, self.store_url, self.options.but(device=device), str(Path.cwd()))
             yield from self._rounds(len(todo))
-        finally:
-            if not signals.number():  # else it may hang, or abort: its processes may have had the signal as well
-                self.ray.shutdown()
-
-    def _device(self) -> str:
-        """`cuda` or `cpu`, the same for all workers, decided by what the cluster has now. Ray has no public way to ask
-        whether a cluster can grow, and on one that cannot, a run would wait for a GPU for ever."""
-        has = self.ray.cluster_resources()
-        if has.get("GPU", 0) >= 1:
-            return "cuda" if self.options.device == "auto" else self.options.device
-        if self.options.device == "cuda":
-            where = f"the cluster at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
-            raise ConfigError(
-                f"device cuda was asked for, and Ray finds no GPU: {where} has {has.get('CPU', 0):g} CPUs "
-                f"(nodes: {len(self.ray.nodes())}); ask for cpu, or add a node with a GPU. A cluster that grows on "
-                "demand needs one GPU node when the run starts (KubeRay: minReplicas: 1)"
-            )
-        return "cpu"
 
     def _rounds(self, num_left: int) -> Iterator[tuple[ShardReport, int]]:
-        waiting_since = time.monotonic()
         while num_left:
+            self.cluster.check()
             self._hire(num_left)
             self._assign()
             calls = [ref for m in self.members for ref in ([m.loading] if m.loading else m.shards)]
@@ -107,11 +94,6 @@ class Crew:
             for report in (*self._answers(done), *self._hung()):
                 num_left -= 1
                 yield report, self.tries[report.shard]
-            if any(not member.loading for member in self.members):
-                waiting_since = time.monotonic()
-            elif time.monotonic() - waiting_since > _PATIENCE_S:
-                log.warning("no worker is ready yet; each needs %s, the cluster has %s", self.needs, self._free())
-                waiting_since = time.monotonic()
 
     def _hire(self, num_left: int) -> None:
         """As many actors as the run asks for, and more while the cluster has room for them at once."""
@@ -131,12 +113,24 @@ class Crew:
         ready = [member for member in self.members if not member.loading]
         for depth in range(1, self.options.shards_in_flight + 1):
             for member in ready:
-                if self.queue and len(member.shards) < depth and (depth == 1 or len(self.queue) >= len(self.members)):
-                    shard = self.queue.popleft()
-                    self.tries[shard.name] += 1
-                    if not member.shards:
-                        member.heard = time.monotonic()
-                    member.shards[member.actor.reinforce.remote(shard)] = shard
+                if len(member.shards) < depth and (depth == 1 or len(self.queue) >= len(self.members)):
+                    self._give(member, alone=len(ready) == 1)
+
+    def _give(self, member: _Member, alone: bool) -> None:
+        """The next shard that this worker may have: one that has raised here goes to another, where there is another;
+        one that a worker has died of is nobody's second, so that no other shard dies with it again."""
+        if any(self.deaths[shard.name] for shard in member.shards.values()):
+            return
+        for shard in self.queue:
+            if (alone or shard.name not in member.raised) and not (self.deaths[shard.name] and member.shards):
+                break
+        else:
+            return
+        self.queue.remove(shard)
+        self.tries[shard.name] += 1
+        if not member.shards:
+            member.heard = time.monotonic()
+        member.shards[member.actor.reinforce.remote(shard)] = shard
 
     def _answers(self, done: list[Any]) -> Iterator[ShardReport]:
         for member in list(self.members):
@@ -153,7 +147,11 @@ class Crew:
                     member.heard = time.monotonic()
                     if member.loading:
                         member.loading, self._failed_starts = None, 0
+                        num_ready = sum(not m.loading for m in self.members)
+                        seconds = time.monotonic() - member.hired
+                        say(f"worker {num_ready} of {len(self.members)} is ready, after {seconds:.0f} s")
                     else:
+                        member.raised = []
                         del member.shards[ref]
                         self._slowest_s = max(self._slowest_s, answer.seconds)
                         yield answer
@@ -174,14 +172,23 @@ class Crew:
 
     def _raised(self, member: _Member, ref: Any, error: Any) -> Iterator[ShardReport]:
         """The worker lives, its call raised. A request that is wrong ends the run, a shard gets another try, and a
-        worker that has lost its GPU is let go: it would fail at every shard that is left."""
+        worker that has lost its GPU or raises again and again is let go: it would fail at every shard that is left."""
         if isinstance(error.cause, DeviceLost):
             self.ray.kill(member.actor)
             yield from self._lost(member, error.cause)
             return
         if member.loading or isinstance(error.cause, (ConfigError, ManifestMismatch)):
             raise error.cause if isinstance(error.cause, ReinforceError) else error
-        yield from self._again(member.shards.pop(ref), f"{type(error.cause).__name__}: {error.cause}")
+        shard = member.shards.pop(ref)
+        member.heard = time.monotonic()
+        member.raised.append(shard.name)
+        yield from self._again(shard, f"{type(error.cause).__name__}: {error.cause}")
+        if len(member.raised) >= _POISONED:
+            self.ray.kill(member.actor)
+            told = (
+                f"its last {_POISONED} shards all failed, the last one with {type(error.cause).__name__}: {error.cause}"
+            )
+            yield from self._lost(member, ReinforceError(told))
 
     def _lost(self, member: _Member, error: Exception) -> Iterator[ShardReport]:
         """The worker or its node is gone."""
@@ -192,37 +199,30 @@ class Crew:
             raise ReinforceError(f"{self._failed_starts} workers in a row died while they loaded the models: {error}")
         log.warning("lost a worker with %d shards: %s", len(member.shards), str(error).splitlines()[0])
         for shard in member.shards.values():
-            yield from self._again(shard, "its worker died or hung (out of memory, killed, stopped, or its node lost)")
+            self.deaths[shard.name] += 1
+            yield from self._again(
+                shard,
+                f"{self.deaths[shard.name]} workers that had it died or hung (out of memory, killed, stopped, or their "
+                "node lost); it was set aside",
+            )
+
+    def waits_for(self) -> str:
+        """Workers that load, and shards that are at work."""
+        loading = sum(bool(member.loading) for member in self.members)
+        at_work = [shard.name for member in self.members for shard in member.shards.values()]
+        parts = [f"{loading} workers to load the models ({self.cluster.has()})"] if loading else []
+        parts += [f"the shards {', '.join(at_work[:8])}{', ..' * (len(at_work) > 8)}"] if at_work else []
+        return " and ".join(parts) or "Ray"
+
+    def _asks(self) -> str:
+        of = "GPU" if "num_gpus" in self.needs else "CPU core"
+        return f"{self.low} workers" + (" or more" if self.high > self.low else "") + f", each with one {of}"
 
     def _again(self, shard: Shard, reason: str) -> Iterator[ShardReport]:
         if self.tries[shard.name] < self.options.attempts:
             self.queue.append(shard)
         else:
             yield ShardReport(shard.name, error=reason)
-
-
-def _ray(num_workers: int) -> Any:
-    """Ray, connected: to RAY_ADDRESS where it is set, else to a private one on this machine, never a remembered one."""
-    process.ray_environment()
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtra(
-            "Ray is not installed: pip install 'clip-reinforce[reinforce]', or use --workers 0 to work without it"
-        ) from None
-    if ray.is_initialized():
-        raise ConfigError("this process has started Ray already; use workers=0, or call ray.shutdown() before")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray puts the folder where it is started first on its workers' module path, and there a user's own train.py would
-    # stand in the way of our package. Started in the folder of our packages, workers find the code of the driver.
-    with contextlib.chdir(Path(__file__).parents[2]):
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-    signals.take_again()
-    return ray
 
 
 def _absolute(url: str) -> str:
