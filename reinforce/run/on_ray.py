@@ -1,4 +1,4 @@
-"""An elastic crew of workers, one Ray actor each. With cluster.py the only file that knows Ray.
+"""An elastic crew of workers, one Ray actor each; with cluster.py, which imports it, all that knows Ray.
 
 Names of shards and counts travel through Ray, never pixels or embeddings, so that its object store stays empty.
 """
@@ -78,7 +78,8 @@ class Crew:
             self.ray = self.cluster.ray
             device = self.cluster.device(self.options.device)
             self.needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
-            say(f"Ray: {self.cluster.has()}; {self._asks()}")
+            self.found = self.cluster.has()
+            say(f"Ray: {self.found}; {self._asks()}")
             self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
             # The device and not `auto`: a worker with a GPU that its torch cannot use must fail, not go on without it.
             self.arguments = (self.recipe, self.store_url, self.options.but(device=device), str(Path.cwd()))
@@ -101,6 +102,7 @@ class Crew:
         if len(self.members) < min(self.high, num_left) and not any(m.loading for m in self.members):
             wanted = max(wanted, min(self.high, num_left, len(self.members) + self._free()))
         while len(self.members) < wanted:
+            self.found = self.cluster.has()
             actor = self.remote.remote()
             self.members.append(_Member(actor, actor.load.remote(*self.arguments)))
 
@@ -184,6 +186,10 @@ class Crew:
         member.raised.append(shard.name)
         yield from self._again(shard, f"{type(error.cause).__name__}: {error.cause}")
         if len(member.raised) >= _POISONED:
+            for other in member.shards.values():  # is not to blame, and counts no try
+                self.tries[other.name] -= 1
+                self.queue.append(other)
+            member.shards.clear()
             self.ray.kill(member.actor)
             told = (
                 f"its last {_POISONED} shards all failed, the last one with {type(error.cause).__name__}: {error.cause}"
@@ -208,15 +214,16 @@ class Crew:
 
     def waits_for(self) -> str:
         """Workers that load, and shards that are at work."""
-        loading = sum(bool(member.loading) for member in self.members)
-        at_work = [shard.name for member in self.members for shard in member.shards.values()]
-        parts = [f"{loading} workers to load the models ({self.cluster.has()})"] if loading else []
-        parts += [f"the shards {', '.join(at_work[:8])}{', ..' * (len(at_work) > 8)}"] if at_work else []
-        return " and ".join(parts) or "Ray"
+        members = list(self.members)  # this is asked in another thread
+        loading = sum(bool(member.loading) for member in members)
+        at_work = [shard.name for member in members for shard in list(member.shards.values())]
+        parts = [f"workers that load the models: {loading} ({self.found})"] if loading else []
+        parts += [f"shards: {', '.join(at_work[:8])}{', ..' * (len(at_work) > 8)}"] if at_work else []
+        return "; ".join(parts) or "Ray"
 
     def _asks(self) -> str:
         of = "GPU" if "num_gpus" in self.needs else "CPU core"
-        return f"{self.low} workers" + (" or more" if self.high > self.low else "") + f", each with one {of}"
+        return f"{self.low}{' or more' * (self.high > self.low)} workers, each with one {of}"
 
     def _again(self, shard: Shard, reason: str) -> Iterator[ShardReport]:
         if self.tries[shard.name] < self.options.attempts:
