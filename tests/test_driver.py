@@ -188,6 +188,7 @@ def test_a_worker_that_hangs_is_given_up_and_its_shards_are_done(recipe: Recipe,
     while not list((tmp_path / "s").glob("0*/key/zarr.json")) and run.process.poll() is None:
         time.sleep(0.02)
     stopped = run.workers(at_a_shard=True)[0]  # one that still loads its models holds nothing up
+    assert os.getpriority(os.PRIO_PROCESS, stopped) == os.getpriority(os.PRIO_PROCESS, 0)  # Ray's own way is 15 nicer
     os.kill(stopped, signal.SIGSTOP)
     code, out, err = run.wait()
     assert code == 0, err

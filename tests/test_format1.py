@@ -224,7 +224,8 @@ def test_an_export_loads_in_open_clip_and_agrees_with_its_onnx() -> None:
 
 def test_a_classifier_says_what_it_said() -> None:
     expected = json.loads(Path("expected.json").read_text())
-    assert answer(train, "eval", "classifier", "t=labelled") == expected["classifier"]
+    said = {{"top1": "acc1"}.get(name, name): value for name, value in expected["classifier"]["t"].items()}
+    assert answer(train, "eval", "classifier", "t=labelled") == {"t": said}
     with tarfile.open("labelled/test/0.tar") as tar:
         tar.extractall(filter="data")
     for picture, shares in expected["classified"].items():

@@ -75,8 +75,13 @@ class FrozenModel:
             for module in self.model.modules():
                 if isinstance(module, open_clip.transformer.ResidualAttentionBlock):
                     _quick_gelu_as_silu(module.mlp)
+            scalars = {
+                name: p.data for name, p in self.model.named_parameters() if name in ("logit_scale", "logit_bias")
+            }
             self.dtype = torch.bfloat16
             self.model.to(self.dtype)
+            for name, value in scalars.items():
+                getattr(self.model, name).data = value
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on any device -> (B, 3, H, W) on the model's, in the units it was trained in."""
