@@ -65,6 +65,13 @@ ProcessesOption = Annotated[
         "most 16"
     ),
 ]
+BytesOption = Annotated[
+    int,
+    typer.Option(
+        help="bytes that a worker's decoded pictures may take ahead of need; what finds no room is decoded again",
+        min=1 << 20,
+    ),
+]
 HungOption = Annotated[
     float | None,
     typer.Option(
@@ -96,12 +103,13 @@ def run(
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
     view_processes: ProcessesOption = _DEFAULTS.view_processes,
+    decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
-    options |= {"decode_threads": decode_threads, "view_processes": view_processes}
+    options |= {"decode_threads": decode_threads, "view_processes": view_processes, "decode_bytes": decode_bytes}
     _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
 
 
@@ -117,13 +125,15 @@ def extend(
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
     view_processes: ProcessesOption = _DEFAULTS.view_processes,
+    decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
     there stays as it is, and may be read meanwhile."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
-    options |= {"decode_threads": decode_threads, "view_processes": view_processes, "extend": True}
+    options |= {"decode_threads": decode_threads, "view_processes": view_processes}
+    options |= {"decode_bytes": decode_bytes, "extend": True}
     _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
 
 

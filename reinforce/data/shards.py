@@ -20,10 +20,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.data import tars
 from reinforce.data.remote import as_os_errors
+from reinforce.data.tars import Member
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
 CAPTIONS = ("txt", "json")
+# Bytes of a file that is read; 64 MiB are two thirds of a byte for each pixel that an image may have.
+LIMITS = dict.fromkeys(IMAGES, 64 << 20) | dict.fromkeys(CAPTIONS, 1 << 20)
 _END = 1 << 14  # bytes at either end of a tar that its stamp looks at
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _META = re.compile(r"__[^/]*__(/|$)")
@@ -49,6 +52,7 @@ class Status(IntEnum):
     CAPTION_JSON_BROKEN = 12
     NO_RECORD = 13  # in what was imported
     OTHER_SIZE = 14  # than the image that was reinforced elsewhere
+    FILE_TOO_LARGE = 15
 
     @property
     def reason(self) -> str:
@@ -164,10 +168,11 @@ def read(shard: Shard, captioned: bool = True) -> Iterator[Sample]:
                     Status.DUPLICATE_KEY,
                     f"{key}: comes twice; give each sample one key, its files side by side: tar --sort=name",
                 )
-            parts = {extension: data for extension, (_, data) in members.items()}
+            parts = {extension: member.data for extension, member in members.items()}
             extension = _image(key, parts)
-            captions = _captions(key, parts) if captioned else ()
-            sample = Sample(key, parts[extension], captions, offset=members[extension][0])
+            _check_length(key, extension, members)
+            captions = _captions_of(key, members, parts) if captioned else ()
+            sample = Sample(key, parts[extension], captions, offset=members[extension].offset)
         except SampleError as error:
             sample = Sample(key, b"", (), Status(error.status), error.message)
         seen.add(key)
@@ -175,20 +180,21 @@ def read(shard: Shard, captioned: bool = True) -> Iterator[Sample]:
 
 
 def read_parts(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and {extension: bytes} of every sample, in the tar's order; of other extensions the bytes are left out.
+    """Key and {extension: bytes} of every sample, in the tar's order; of other extensions, and of files that are larger
+    than LIMITS allows, the bytes are left out.
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
     for key, members in _samples(shard, extensions):
-        yield key, {extension: data for extension, (_, data) in members.items()}
+        yield key, {extension: member.data for extension, member in members.items()}
 
 
-def _samples(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, tuple[int, bytes]]]]:
-    """Key and {extension: (offset, bytes)} of every sample."""
+def _samples(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Key and members by extension of every sample."""
 
-    def wanted(path: str) -> bool:
+    def wanted(path: str, length: int) -> bool:
         name = _split(path)
-        return name is not None and name[1] in extensions
+        return name is not None and name[1] in extensions and length <= LIMITS.get(name[1], length)
 
     for key, copies in _groups(tars.members(shard.url, wanted)):
         for members in copies:
@@ -243,7 +249,7 @@ def locate(path: str) -> list[Place]:
     Raises ShardError where the tar cannot be followed to its end.
     """
     return [
-        Place(key, *next((parts[extension] for extension in IMAGES if extension in parts), (0, 0)))
+        Place(key, *next((parts[extension][:2] for extension in IMAGES if extension in parts), (0, 0)))
         for key, copies in _groups(tars.places(path))
         for parts in copies
     ]
@@ -305,6 +311,26 @@ def _image(key: str, parts: dict[str, bytes]) -> str:
     raise SampleError(
         Status.MISSING_IMAGE, f"{key}: has no image, only {few}; {remedy or 'add one of ' + ', '.join(IMAGES)}"
     )
+
+
+def _check_length(key: str, extension: str, members: dict[str, Member]) -> None:
+    length, limit = members[extension].length, LIMITS[extension]
+    if length > limit:
+        raise SampleError(
+            Status.FILE_TOO_LARGE, f"{key}.{extension}: has {length} bytes, and at most {limit} are read; shrink it"
+        )
+
+
+def _captions_of(key: str, members: dict[str, Member], parts: dict[str, bytes]) -> tuple[str, ...]:
+    """Its captions, none of a file that is too large. Such a json matters only where there is no other caption."""
+    if "txt" in members:
+        _check_length(key, "txt", members)
+    try:
+        return _captions(key, parts)
+    except SampleError:
+        if "json" in members:
+            _check_length(key, "json", members)
+        raise
 
 
 def _captions(key: str, parts: dict[str, bytes]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Stricter than tarfile, which takes a damaged header or a missing end for the end
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import fsspec
 
@@ -19,8 +19,21 @@ _FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
 _NAMES: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
-def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, tuple[int, bytes]]]:
-    """Name, offset in bytes and bytes of every regular file; of those that are not wanted, no bytes.
+MAX_HEADER_BYTES = 1 << 20  # of what comes before a member: its name, its PAX records
+_EXTENSIONS = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
+_EXTENSIONS |= {tarfile.SOLARIS_XHDTYPE}
+
+
+class Member(NamedTuple):
+    """A file of a tar: where its bytes begin, how many there are, and they themselves where they were wanted."""
+
+    offset: int = 0
+    length: int = 0
+    data: bytes = b""
+
+
+def members(url: str, wanted: Callable[[str, int], bool]) -> Iterator[tuple[str, Member]]:
+    """Name and member of every regular file; of those that are not wanted, asked by name and length, no bytes.
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
@@ -33,7 +46,8 @@ def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, tupl
             for member in _regular(tar):
                 content = tar.extractfile(member)
                 if content is not None:
-                    yield member.name, (member.offset_data, content.read() if wanted(member.name) else b"")
+                    data = content.read() if wanted(member.name, member.size) else b""
+                    yield member.name, Member(member.offset_data, member.size, data)
             tail = bytes(1 << 16)
             while len(tail) == 1 << 16:
                 tail = tar.fileobj.read(1 << 16)  # type: ignore[union-attr]
@@ -43,15 +57,15 @@ def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, tupl
         raise _cannot(url, error) from error
 
 
-def places(path: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and (offset, length) in bytes of every regular file of a local tar; none is read.
+def places(path: str) -> Iterator[tuple[str, Member]]:
+    """Name and member of every regular file of a local tar; none is read.
 
     Raises ShardError where the tar cannot be followed to its end.
     """
     try:
         with tarfile.open(path, mode="r:", tarinfo=_Header, **_NAMES) as tar:
             for member in _regular(tar):
-                yield member.name, (member.offset_data, member.size)
+                yield member.name, Member(member.offset_data, member.size)
     except _FAULTS as error:
         raise _cannot(path, error) from error
 
@@ -98,7 +112,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its stubs leave it out
             raise
         except tarfile.HeaderError:
@@ -107,3 +121,6 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(
                 f"it holds {bytes(buf[:8])!r} where a tar header should be (not a tar, compressed, or damaged)"
             ) from None
+        if header.type in _EXTENSIONS and header.size > MAX_HEADER_BYTES:  # tarfile reads it whole
+            raise tarfile.ReadError(f"a name or another field of a header has {header.size} bytes")
+        return header

@@ -69,11 +69,14 @@ class Worker:
         work = ShardWork(self.loaded, self.store, self.columns, shard, self.promise)
         captioned = self.recipe.num_original_captions > 0
         with ThreadPoolExecutor(self.loaded.threads) as pool:
-            ready = ahead(work.prepared(batches(shard, work.rows, self.recipe.batch_size, captioned, pool), pool), 2)
+            room, keep = self.loaded.room, not self.loaded.view_processes
+            found = batches(shard, work.rows, self.recipe.batch_size, captioned, pool, room, keep, work.see)
+            ready = ahead(found, 2, room)
             try:
                 with self._models:
-                    for batch, inputs in ready:
-                        work.answer(batch, inputs, pool)
+                    for batch in ready:
+                        work.answer(batch, pool)
+                        del batch  # its pictures make room for the next
             except (ShardError, ManifestMismatch) as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try

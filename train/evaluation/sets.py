@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
 import fsspec
@@ -39,6 +39,7 @@ COARSE = "coarse_classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
 NSHARDS = "nshards.txt"
+_AT_ONCE = 256  # files that are read before their pictures are decoded
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,8 +106,9 @@ class EvalSet:
         shape = open_clip.transform.image_transform_v2(cfg, is_train=False).transforms[:-2]
         pixels, truth, skipped = list[Tensor](), list[Any](), Counter[str]()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for shard in self._shards:  # one at a time: the pool reads ahead without limit
-                for picture, of_it in pool.map(partial(_pixels, shape), self._read(shard)):
+            rows = chain.from_iterable(map(self._read, self._shards))
+            while group := list(islice(rows, _AT_ONCE)):  # the pool itself would read ahead without limit
+                for picture, of_it in pool.map(partial(_pixels, shape), group):
                     if isinstance(picture, Status):
                         skipped[picture.reason] += 1
                     else:
