@@ -20,7 +20,8 @@ from torch import nn
 
 from reinforce.data import images
 from reinforce.errors import ConfigError, MissingExtra
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
+from reinforce.models.tokenizer import get_tokenizer
 from tests import tiny
 from tests.processes import ROOT
 from train import export, students

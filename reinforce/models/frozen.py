@@ -16,9 +16,10 @@ from reinforce import process
 from reinforce.config import TIMM, Model
 from reinforce.errors import ConfigError
 from reinforce.models import tensorfile, timm
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
 from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
+from reinforce.models.tokenizer import get_tokenizer
 
 _CONFIG = "open_clip_config.json"
 SCHEMAS = ("local-dir:", "hf-hub:")
