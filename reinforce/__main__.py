@@ -14,6 +14,7 @@ import typer
 from reinforce.config import Model, Packing, Recipe, RunOptions, parse
 from reinforce.errors import ConfigError
 from reinforce.exchange import commands
+from reinforce.lines import say
 from reinforce.recipes import choice, listed, load_recipe, overridden
 from reinforce.run.reports import RunReport
 from reinforce.terminal import (
@@ -169,7 +170,7 @@ def _run(shards: str, store: str, recipe: str | None, set_: list[str], json_: bo
         with redirect_stdout(sys.stderr):  # Ray prints news of its workers on stdout, which is for the answer
             report = run_driver(shards, store, loaded, asked)
         if json_:
-            print(json.dumps({"recipe": loaded.name} | asdict(report)))
+            say(json.dumps({"recipe": loaded.name} | asdict(report)))
         else:
             training = f"--recipe {recipe}" if recipe in listed("TRAINING") else "--student mamba_small"
             _print_run(report, shards, loaded, training)
@@ -184,7 +185,7 @@ def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
         return load_recipe(name, overrides)
     stored = stored_recipe(store)
     if stored is None:
-        raise ConfigError(f"name a recipe with --recipe: one of these, or a path to your own\n{choice()}")
+        raise ConfigError("name a recipe with --recipe: one of these, or a path to your own", *choice())
     return overridden(stored, overrides, f"the recipe of {store}")
 
 
@@ -192,7 +193,7 @@ def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
 def recipes(json_: JsonOption = False) -> None:
     """List the recipes that `run --recipe` takes by name."""
     with errors_as_sentences():
-        print(json.dumps(listed()) if json_ else choice())
+        say(*([json.dumps(listed())] if json_ else choice()))
 
 
 @app.command()
@@ -204,7 +205,7 @@ def recipe(
 ) -> None:
     """Print a recipe as JSON, to read it or to begin your own: `clip-reinforce recipe NAME > mine.json`."""
     with errors_as_sentences():
-        print(load_recipe(name, set_).model_dump_json(indent=1))
+        say(*load_recipe(name, set_).model_dump_json(indent=1).split("\n"))
 
 
 @app.command()
@@ -270,9 +271,9 @@ def verify(
         sound = report.sound and not (strict and (report.unchecked or report.foreign))
         show(asdict(report), json_)
         if not json_:
-            print("sound" if sound else "faults found" if not report.sound else "sound, but not all was compared")
+            say("sound" if sound else "faults found" if not report.sound else "sound, but not all was compared")
             if report.corrupt or report.missing:
-                print(f"Next:  {typed('clip-reinforce')} repair {store} --shards '{shards or 'DIR/*.tar'}'")
+                say(f"Next:  {typed('clip-reinforce')} repair {store} --shards '{shards or 'DIR/*.tar'}'")
     raise typer.Exit(0 if sound else 1)
 
 
@@ -354,9 +355,9 @@ def repack(
 
 def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:
     if report.already_there == report.shards:
-        print(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
+        say(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
     else:
-        print(
+        say(
             f"{report.done} of {report.shards} shards reinforced in {report.seconds:.0f} s"
             + (f", {report.already_there} were there already" if report.already_there else "")
             + f": {report.samples} samples read, {report.valid} good"
@@ -365,22 +366,22 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
         )
     if report.failed:
         same = all(failure.quarantined for failure in report.failed)  # another try would read the same samples
-        print(
+        say(
             f"Failed: {len(report.failed)} of {report.shards} shards, of which nothing was written. "
             + ("Repair them:" if same else "Run again to retry:")
         )
         for failure in report.failed:
-            print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+            say(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
     fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
-    print(
-        f"Recipe: {recipe.name}{weights}\n"
-        f"        teachers {_models(recipe.teachers)}\n"
-        f"        captioners {_models(recipe.captioners)}\n"
-        f"Store:  {report.store}\n"
-        f"Next:   {typed('clip-reinforce')} info {report.store}\n"
-        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100"
-        + ("" if report.failed else f"\n        {fit}")
+    say(
+        f"Recipe: {recipe.name}{weights}",
+        f"        teachers {_models(recipe.teachers)}",
+        f"        captioners {_models(recipe.captioners)}",
+        f"Store:  {report.store}",
+        f"Next:   {typed('clip-reinforce')} info {report.store}",
+        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100",
+        *([] if report.failed else [f"        {fit}"]),
     )
 
 

@@ -6,6 +6,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from reinforce.lines import say
+
 _QUIET_S = 10.0  # plain lines come no closer together than this, but for the last
 
 
@@ -53,4 +55,4 @@ class Progress:
             self._last_line = now
             left_s = self.seconds / (self._done - self._first) * (self._total - self._done)
             count = f"{self._title}{self._unit} {self._done}/{self._total}"
-            print(", ".join(filter(None, [count, phrase, f"about {left_s:.0f} s left"])), file=sys.stderr)
+            say(", ".join(filter(None, [count, phrase, f"about {left_s:.0f} s left"])), file=sys.stderr)

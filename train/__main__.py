@@ -14,6 +14,7 @@ import typer
 
 from reinforce.config import parse
 from reinforce.errors import ConfigError, SampleError
+from reinforce.lines import say
 from reinforce.recipes import choice, listed
 from reinforce.terminal import (
     DeviceOption,
@@ -44,7 +45,7 @@ def _all(version: VersionOption = False) -> None: ...
 def recipes(json_: JsonOption = False) -> None:
     """List the recipes that `fit --recipe` takes by name."""
     with errors_as_sentences():
-        print(json.dumps(listed("TRAINING")) if json_ else choice("TRAINING"))
+        say(*([json.dumps(listed("TRAINING"))] if json_ else choice("TRAINING")))
 
 
 @app.command()
@@ -186,7 +187,7 @@ def latency(
         if own_kernels:
             use_own_kernels()
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
-        print(json.dumps([asdict(row) for row in rows]) if json_ else table(rows))
+        say(*(json.dumps([asdict(row) for row in rows]) if json_ else table(rows)).split("\n"))
 
 
 @app.command()
@@ -257,7 +258,7 @@ def classify(
                 picture = decode(path.read_bytes())
             except (OSError, SampleError) as error:
                 failed[str(path)] = getattr(error, "strerror", None) or str(error)
-                print(f"error: {path}: {failed[str(path)]}; give image files", file=sys.stderr)
+                say(f"error: {path}: {failed[str(path)]}; give image files", file=sys.stderr)
                 continue
             probabilities = classifier.classify([picture])[0]
             best = probabilities.argsort(descending=True)[:3].tolist()
