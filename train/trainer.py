@@ -144,7 +144,7 @@ class _Fit(Training[Batch]):
             "samples": self.loader.order.num_samples,
             "skipped": self.source.num_skipped,
             "device": str(self.ranks.device),
-            "scans": scan.describe(self.ranks.device),
+            "scans": scan.describe(self.ranks.device) if self.student.scans else None,
             **ended.speed,
             "metrics": ended.metrics,
             "collapse": ended.collapse,

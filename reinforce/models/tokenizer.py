@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reinforce.errors import ConfigError, MissingExtra
 from reinforce.models.open_clip import open_clip
+from reinforce.models.weights import OFFLINE
 
 MAX_LETTERS = 1 << 16  # of a text that is looked at
 LONG = 256  # letters of a word that is read in part, if that gives enough tokens
@@ -82,7 +83,7 @@ def get_tokenizer(model: str) -> Any:
             f"the tokenizer of {model} needs {error.name}, which is not installed: pip install 'clip-reinforce[siglip]'"
         ) from error
     except (OSError, ValueError) as error:  # what transformers raises for files that it cannot get or read
-        raise ConfigError(f"the tokenizer of {model} cannot be loaded: {error}") from error
+        raise ConfigError(f"the tokenizer of {model} cannot be loaded: {error}; {OFFLINE}") from error
     if hasattr(tokenizer, "clean_fn"):
         tokenizer.clean_fn = partial(_cleaned, tokenizer.clean_fn)
     if type(tokenizer) is open_clip.tokenizer.SimpleTokenizer:
