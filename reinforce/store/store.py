@@ -272,9 +272,9 @@ class Store:
         if not sound or not is_sealed(written, attributes):
             raise Corrupt(f"{self.url}: {path}/{METADATA} is not as it was written; verify the store")
         for what, expected in self._binding(shard, Column.at(str(column))).items():
-            if attributes[what] != expected:
+            if attributes.get(what) != expected:
                 raise Corrupt(
-                    f"{self.url}: {path} is another's: its {what} is {attributes[what]}, and should be {expected}; "
+                    f"{self.url}: {path} is another's: its {what} is {attributes.get(what)}, and should be {expected}; "
                     "verify the store"
                 )
         return written, metadata
