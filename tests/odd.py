@@ -158,6 +158,7 @@ def odd_images() -> dict[str, tuple[bytes, Status]]:
         "png_without_palette": (png(4, 1, 8, 3, bytes(5)), Status.BROKEN_IMAGE),
         "png_unknown_color": (png(4, 1, 8, 5, bytes(5)), Status.BROKEN_IMAGE),
         "png_without_pixels": (plain[: idat - 4] + iend, Status.BROKEN_IMAGE),
+        "png_of_one_row": (png((1 << 26) + 2, 1, 16, 6, bytes(9)), Status.BROKEN_IMAGE),
         "png_text_bomb": (encode(red, "PNG", pnginfo=bomb_text), Status.BROKEN_IMAGE),
         "png_bomb": (png(60000, 60000, 8, 2, bytes(9)), Status.TOO_MANY_PIXELS),
         "png_one_pixel_too_many": (png(89_478_486, 1, 1, 0, bytes(9)), Status.TOO_MANY_PIXELS),

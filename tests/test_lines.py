@@ -22,6 +22,7 @@ from reinforce.data.shards import Status
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, SampleError, ShardError
 from reinforce.lines import LogFormatter, plain, say, without_secrets
 from reinforce.run import driver
+from reinforce.run.reports import RunReport, ShardReport
 from tests import tiny
 from tests.broken import members, tar
 from tests.processes import ROOT
@@ -105,6 +106,12 @@ def test_settings_are_saved_without_secrets() -> None:
         assert "secret" not in config.model_dump_json() + json.dumps(config.model_dump(mode="json"))
         assert config.but() == config  # the settings themselves have them
         assert checkpoint.differences(config.model_dump(mode="json"), make(other), Path()) == []
+
+
+def test_a_report_has_none() -> None:
+    report = RunReport("s", 1, 0)
+    report.add(ShardReport("0", error=f"OSError: 403, url=https://u:secret@h/0.tar?sig=secret {FORGED}"), 3)
+    assert report.failed[0].reason == f"OSError: 403, url=https://***@h/0.tar?*** {plain(FORGED)}"
 
 
 def test_a_page_has_none(tmp_path: Path) -> None:

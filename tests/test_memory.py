@@ -17,6 +17,7 @@ from reinforce.data.images import WORKING
 from reinforce.data.shards import Shard
 from reinforce.run.batches import Room, Rows, View, ahead, batches, views
 from reinforce.run.worker import Worker
+from reinforce.store.store import Store
 from tests import tiny
 from tests.odd import encode, gradient
 
@@ -46,6 +47,7 @@ def peak(work: Callable[[], object]) -> int:
 
 
 def shard_of(folder: Path, pictures: list[bytes]) -> Shard:
+    folder.mkdir(exist_ok=True)
     shards.write(str(folder / "0.tar"), [(f"{i}", {"jpg": data, "txt": b"x"}) for i, data in enumerate(pictures)])
     return Shard("0", str(folder / "0.tar"))
 
@@ -59,13 +61,20 @@ def made(shard: Shard, room: Room, batch_size: int) -> list[View]:
     return found
 
 
-def test_pictures_take_no_more_than_there_is_room(tmp_path: Path) -> None:
-    """24 of 16 MB each in batches of eight, in a room of 16 MiB: two are decoded at a time, and none is kept."""
-    large = encode(Image.new("RGB", (2000, 2000), (200, 30, 40)), "JPEG")
-    made(shard_of(tmp_path, [tiny.picture(0)]), Room(MIB), 8)  # what is loaded and compiled here, is so in the child
-    shard = shard_of(tmp_path, 24 * [large])
-    bound = 16 * MIB + 2 * WORKING * 4_000_000
-    assert peak(lambda: made(shard, Room(16 * MIB), 8)) < bound < peak(lambda: made(shard, Room(1 << 30), 8))
+def test_a_worker_takes_no_more_than_is_said(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve pictures of 18 MB in batches of four. With all bounds at an eighth, one is decoded at a time and none is
+    kept; with a large room all are."""
+    side = 2100
+    monkeypatch.setattr(images, "_gate", images._Gate(images.AT_ONCE // 8))
+    many = shard_of(tmp_path / "many", 12 * [encode(Image.new("RGB", (side, side), (200, 30, 40)), "JPEG")])
+    few = shard_of(tmp_path / "few", [tiny.picture(0)])
+    grown = []
+    for room in (4 * MIB, 1 << 30):
+        worker = Worker(recipe, str(tmp_path / str(room)), RunOptions(device="cpu", decode_bytes=room))
+        worker.reinforce(few)  # what is loaded and compiled here, is so in the child
+        worker.store = Store(str(tmp_path / f"{room}-again"))
+        grown.append(peak(lambda worker=worker: worker.reinforce(many)))  # type: ignore[misc]
+    assert grown[0] < images.AT_ONCE // 8 + 3 * 4 * MIB < grown[1]
 
 
 @pytest.mark.parametrize("num_bytes", [1 << 30, 16 * 4 * 3000, 100])
@@ -124,7 +133,7 @@ def test_a_store_has_the_same_bytes_for_any_room(recipe: Recipe, tmp_path: Path,
 
 def test_decoding_takes_no_more_than_is_said() -> None:
     """The worst that is known, by format: a WebP with transparency that has to be turned."""
-    side = 2000
+    side = 2100
     flat = Image.new("RGBA", (side, side), (200, 30, 40, 128))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -135,8 +144,7 @@ def test_decoding_takes_no_more_than_is_said() -> None:
     }
 
     def work(image: bytes) -> None:
-        with images.decoded(image) as picture:
-            resize.ready(picture)
+        images.decode_for(resize.ready, image)
 
     resize.has_numba()
     for name, image in kinds.items():

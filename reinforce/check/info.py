@@ -99,6 +99,14 @@ def quarantine(url: str) -> Iterator[dict[str, str]]:
         except StoreError as error:
             log.warning("the quarantine of %s is left out: %s", shard, error)
             continue
+        if len(keys) != len(statuses):
+            log.warning(
+                "the quarantine of %s is left out: it has %d keys and %d statuses; verify the store",
+                shard,
+                len(keys),
+                len(statuses),
+            )
+            continue
         for key, status in zip(keys, statuses, strict=True):
             if status != Status.GOOD:
                 yield {"shard": shard, "key": str(key), "reason": Status(int(status)).reason}

@@ -9,8 +9,9 @@ import re
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -25,7 +26,10 @@ from reinforce.errors import SampleError
 MAX_PIXELS = 89_478_485  # the limit from which Pillow warns of a decompression bomb: 256 MiB of RGB
 WORKING = 25  # bytes a pixel that decoding takes at its worst, of a WebP with transparency, and `resize.ready` after it
 AT_ONCE = 1 << 30  # bytes that one process takes for it, in all its threads; a larger picture is decoded alone
+WIDE = 1 << 25  # pixels of a row; of more, Pillow may not be able to count the bits, and says that there is no memory
+LARGE = 1 << 22  # pixels of a picture after which what a thread has freed goes back to the machine
 MAX_SCANS = 100  # of a JPEG: encoders write about ten; each costs a pass over all its pixels, and takes 95 bytes
+T = TypeVar("T")
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # of a JPEG, within its pixels
 _ARITHMETIC = Counter(bytes([0xC0 + kind]) for kind in (9, 10, 11, 13, 14, 15))
 _EXIF_ORIENTATION = 0x0112
@@ -71,29 +75,40 @@ def decode(image: bytes) -> Image.Image:
 
     Takes JPEG, PNG and WebP, known by their bytes. Raises SampleError for all that cannot be shown whole.
     """
-    with decoded(image) as picture:
-        return picture
+    return decode_for(lambda picture: picture, image)
 
 
-@contextmanager
-def decoded(image: bytes) -> Iterator[Image.Image]:
-    """As `decode`, for what needs the picture only while the context is open, or makes copies of it there: they are
-    within the memory that one process may take for decoding. No other picture may be decoded in the context."""
+def decode_for(use: Callable[[Image.Image], T], image: bytes) -> T:
+    """What `use` makes of the image as `decode` gives it. While it works and does not keep the picture, that is within
+    the memory that one process takes for decoding. It must not decode another."""
     reader = _reader(image)
     with _faults(reader, image):
         opened = reader(io.BytesIO(image))
-        if opened.width * opened.height > MAX_PIXELS:
+        num_pixels = opened.width * opened.height
+        if num_pixels > MAX_PIXELS:
             raise Image.DecompressionBombError(f"it has {opened.width} x {opened.height}")
         if reader is JpegImageFile:
-            _check_jpeg(image, opened.width * opened.height)
-    with _gate.passed(WORKING * opened.width * opened.height):
-        with _faults(reader, image):
-            if reader is PngImageFile:
-                reader(io.BytesIO(image)).verify()  # reading pixels does not look at their checksums
+            _check_jpeg(image, num_pixels)
+    del opened
+    with _gate.passed(WORKING * num_pixels):
+        used = use(_decoded(reader, image))
+        if num_pixels > LARGE:
+            process.give_memory_back()
+        return used
+
+
+def _decoded(reader: type[ImageFile.ImageFile], image: bytes) -> Image.Image:
+    with _faults(reader, image):
+        if reader is PngImageFile:
+            reader(io.BytesIO(image)).verify()  # reading pixels does not look at their checksums
+        opened = reader(io.BytesIO(image))
+        try:
             opened.load()
-            picture = _upright(opened, _rgb(opened))
-        del opened
-        yield picture
+        except MemoryError:
+            if opened.width < WIDE:
+                raise
+            raise ValueError(f"its rows of {opened.width} pixels are too wide for Pillow") from None
+        return _upright(opened, _rgb(opened))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 
 from reinforce.config import ORIGINAL, Captioner, Recipe, RunOptions, ViewSet
 from reinforce.data import augment, shards
+from reinforce.data.resize import Picture
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, ReplayError, ShardError
 from reinforce.exchange import datacompdr
@@ -187,10 +188,13 @@ class _Columns:
         def hashes(index: int, record: Record | None) -> np.ndarray | None:
             if record is None:
                 return None
+
+            def of_views(picture: Picture) -> np.ndarray:
+                views = (augment.replay(picture, p, batch.sizes[index], view_set.view_px) for p in record.params)
+                return np.array([augment.pixel_hash(view) for view in views], np.uint64)
+
             try:
-                with batch.picture(index) as picture:
-                    views = (augment.replay(picture, p, batch.sizes[index], view_set.view_px) for p in record.params)
-                    return np.array([augment.pixel_hash(view) for view in views], np.uint64)
+                return batch.use(index, of_views)
             except ReplayError:
                 return None
 

@@ -9,7 +9,6 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeAlias, TypeVar
@@ -104,15 +103,12 @@ class Batch:
     seen: list[Seen] = field(default_factory=list)
     pictures: list[resize.Picture | None] = field(default_factory=list)
 
-    @contextmanager
-    def picture(self, index: int) -> Iterator[resize.Picture]:
-        """That of one sample, decoded again where it was not kept."""
+    def use(self, index: int, use: Callable[[resize.Picture], T]) -> T:
+        """What `use` makes of the picture of one sample, which is decoded again where it was not kept."""
         kept = self.pictures[index]
         if kept is not None:
-            yield kept
-        else:
-            with images.decoded(self.samples[index].image) as again:
-                yield resize.ready(again)
+            return use(kept)
+        return images.decode_for(lambda picture: use(resize.ready(picture)), self.samples[index].image)
 
 
 @dataclass(frozen=True)
@@ -180,8 +176,11 @@ def views(
     def make(row: int, indices: range) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
         size, key = batch.sizes[row], batch.samples[row].key
         params = [augment.draw(view_set, seed, set_name, key, index, size) for index in indices]
-        with batch.picture(row) as picture:
+
+        def replayed(picture: resize.Picture) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
             return [(p, {side: augment.replay(picture, p, size, side) for side in sides}) for p in params]
+
+        return batch.use(row, replayed)
 
     num, at_once = len(batch.rows), 1
     if any(picture is None for picture in batch.pictures):
@@ -231,10 +230,12 @@ def _decoded(
 ) -> _Decoded:
     if sample.status != Status.GOOD:
         return _Decoded(sample.status, sample.detail)
+
+    def used(picture: Image.Image) -> _Decoded:
+        size = (picture.height, picture.width)
+        return _Decoded(Status.GOOD, "", shards.image_digest(sample.image), size, see(picture), keep(picture))
+
     try:
-        with images.decoded(sample.image) as picture:
-            size = (picture.height, picture.width)
-            digest = shards.image_digest(sample.image)
-            return _Decoded(Status.GOOD, "", digest, size, see(picture), keep(picture))
+        return images.decode_for(used, sample.image)
     except SampleError as error:
         return _Decoded(Status(error.status), f"{sample.key}: {error}")

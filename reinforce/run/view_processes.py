@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from typing import TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from reinforce.config import ViewSet
 from reinforce.data import augment, images, resize
@@ -138,11 +139,15 @@ def _hold(share: _Share) -> None:
 def _views(share: _Share, key: str, encoded: bytes) -> _Views:
     """The views of one picture, one after the other: made when they are asked for if there is room for the picture,
     otherwise now."""
-    with images.decoded(encoded) as picture:
+
+    def made(picture: Image.Image) -> _Views:
         size = (picture.height, picture.width)
         kept = _room.keep(picture)
-        made = _made(share, key, size, resize.ready(picture) if kept is None else kept)
-        return made if kept is not None else iter(list(made))
+        if kept is not None:
+            return _made(share, key, size, kept)
+        return iter(list(_made(share, key, size, resize.ready(picture))))
+
+    return images.decode_for(made, encoded)
 
 
 def _made(share: _Share, key: str, size: tuple[int, int], picture: resize.Picture) -> _Views:
