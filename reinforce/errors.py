@@ -26,7 +26,7 @@ class ReinforceError(Exception):
     in it; of addresses no secret is kept."""
 
     def __init__(self, *lines: str) -> None:
-        super().__init__(*(plain(without_secrets(line)) for line in lines))
+        super().__init__(*(plain(without_secrets(str(line))) for line in lines))
 
     def __str__(self) -> str:
         return "\n".join(self.args)

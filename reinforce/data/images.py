@@ -89,26 +89,18 @@ def decode_for(use: Callable[[Image.Image], T], image: bytes) -> T:
             raise Image.DecompressionBombError(f"it has {opened.width} x {opened.height}")
         if reader is JpegImageFile:
             _check_jpeg(image, num_pixels)
-    del opened
     with _gate.passed(WORKING * num_pixels):
-        used = use(_decoded(reader, image))
+        with _faults(reader, image):
+            if reader is PngImageFile:
+                reader(io.BytesIO(image)).verify()  # reading pixels does not look at their checksums
+            _load(opened)
+            picture = _upright(opened, _rgb(opened))
+        del opened
+        used = use(picture)
+        del picture
         if num_pixels > LARGE:
             process.give_memory_back()
         return used
-
-
-def _decoded(reader: type[ImageFile.ImageFile], image: bytes) -> Image.Image:
-    with _faults(reader, image):
-        if reader is PngImageFile:
-            reader(io.BytesIO(image)).verify()  # reading pixels does not look at their checksums
-        opened = reader(io.BytesIO(image))
-        try:
-            opened.load()
-        except MemoryError:
-            if opened.width < WIDE:
-                raise
-            raise ValueError(f"its rows of {opened.width} pixels are too wide for Pillow") from None
-        return _upright(opened, _rgb(opened))
 
 
 @contextmanager
@@ -156,6 +148,15 @@ def _markers(image: bytes) -> Counter[bytes]:
         found[segment[1]] += 1
         position = segment.end() + int.from_bytes(image[segment.end() : segment.end() + 2], "big")
     return found
+
+
+def _load(opened: ImageFile.ImageFile) -> None:
+    try:
+        opened.load()
+    except MemoryError:
+        if opened.width < WIDE:
+            raise
+        raise ValueError(f"its rows of {opened.width} pixels are too wide for Pillow") from None
 
 
 def _has_end(image: bytes) -> bool:

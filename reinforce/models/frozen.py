@@ -26,8 +26,8 @@ from reinforce.models.weights import OFFLINE, not_loaded
 
 _CONFIG = "open_clip_config.json"
 SCHEMAS = ("local-dir:", "hf-hub:")
-log = logging.getLogger(__name__)
 QUICK = 1.702  # of open_clip's QuickGELU
+log = logging.getLogger(__name__)
 
 
 class FrozenModel:
