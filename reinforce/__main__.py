@@ -67,9 +67,10 @@ ProcessesOption = Annotated[
     ),
 ]
 BytesOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="bytes that a worker's decoded pictures may take ahead of need; what finds no room is decoded again",
+        help="bytes that a worker's decoded pictures may take ahead of need, by default 1 GiB, and with a GPU 8 GiB; "
+        "what finds no room is decoded again",
         min=1 << 20,
     ),
 ]

@@ -251,11 +251,11 @@ class RunOptions(Config):
         description="processes of a worker that make the views; by default none, and with a GPU its share of the "
         "cores, at most 16",
     )
-    decode_bytes: int = Field(
-        1 << 30,
+    decode_bytes: int | None = Field(
+        None,
         ge=1 << 20,
-        description="bytes that the decoded pictures of a worker may take ahead of need; what finds no room is decoded "
-        "again when its views are made",
+        description="bytes that the decoded pictures of a worker may take ahead of need, by default 1 GiB, and with a "
+        "GPU 8 GiB; what finds no room is decoded again when its views are made",
     )
     hung_after: float | None = Field(
         None,

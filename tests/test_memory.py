@@ -121,8 +121,8 @@ def test_a_shard_whose_batches_fill_the_room_is_read_one_batch_ahead() -> None:
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_store_has_the_same_bytes_for_any_room(recipe: Recipe, tmp_path: Path, processes: int) -> None:
-    """Pictures of 0.1 MB, which a room of 1 MiB does not keep, among small ones."""
-    large = encode(gradient(170, 150), "JPEG")
+    """Among small pictures some of 0.6 MB, which neither a room of 1 MiB keeps, nor one of two processes its half."""
+    large = encode(gradient(400, 350), "JPEG")
     shard = shard_of(tmp_path, [large if i % 3 else tiny.picture(i) for i in range(9)])
     for name, options in (
         ("plain", RunOptions(device="cpu")),

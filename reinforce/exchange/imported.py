@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from reinforce.config import ORIGINAL, Captioner, Recipe, RunOptions, ViewSet
+from reinforce.config import ORIGINAL, Captioner, Recipe, ViewSet
 from reinforce.data import augment, shards
 from reinforce.data.resize import Picture
 from reinforce.data.shards import Shard, Status
@@ -19,7 +19,7 @@ from reinforce.errors import ConfigError, ManifestMismatch, ReplayError, ShardEr
 from reinforce.exchange import datacompdr
 from reinforce.exchange.datacompdr import NoRecord, Record
 from reinforce.progress import Progress
-from reinforce.run.batches import Batch, Room, Rows, batches
+from reinforce.run.batches import ROOM_BYTES, Batch, Room, Rows, batches
 from reinforce.run.reports import RunReport, ShardReport
 from reinforce.store.columns import DIGEST, KEY, PLACE, SIZE, STATUS, Column
 from reinforce.store.manifest import Manifest
@@ -135,7 +135,7 @@ def _import(
     start = time.monotonic()
     stamp = shards.stamp(shard.url)
     made = _Columns(recipe, widths, dict(_records(told)), _names(shard))
-    room = Room(RunOptions().decode_bytes)
+    room = Room(ROOM_BYTES)
     for batch in batches(shard, made.rows, _AT_ONCE, recipe.num_original_captions > 0, pool, room):
         made.take(batch, pool)
         del batch  # its pictures make room for the next

@@ -24,7 +24,8 @@ from reinforce.errors import SampleError
 T = TypeVar("T")
 Seen: TypeAlias = dict[str, np.ndarray]  # what captioners see of a picture, by their names
 
-LARGEST_SHARE = 16  # a picture that takes more of a room than this part of it is not kept
+ROOM_BYTES = 1 << 30  # of a worker on a CPU
+LARGEST_SHARE = 16  # a picture that takes more of a room than this part of it is not kept: threads make crops of it
 
 
 @dataclass
@@ -63,19 +64,19 @@ class Room:
     """Bytes that the pictures of a worker and their files may take, all its shards together. What is in it gives its
     bytes back when it is let go of."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes, self._free = num_bytes, num_bytes
+    def __init__(self, num_bytes: int, largest_share: int = LARGEST_SHARE) -> None:
+        self.num_bytes, self._free, self._largest = num_bytes, num_bytes, num_bytes // largest_share
         self._changes = threading.RLock()  # a thread that takes may be made to collect what gives back
 
     def __bool__(self) -> bool:
         """Whether there is some left."""
-        return self._free > self.num_bytes // LARGEST_SHARE
+        return self._free > self._largest
 
     def keep(self, picture: Image.Image) -> resize.Picture | None:
         """The picture as `resize.ready` makes it, where there is room for it."""
         num = 4 * picture.width * picture.height
         with self._changes:
-            if num > min(self._free, self.num_bytes // LARGEST_SHARE):
+            if num > min(self._free, self._largest):
                 return None
             self._free -= num
         kept = resize.ready(picture)

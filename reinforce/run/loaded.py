@@ -11,7 +11,7 @@ from reinforce.models.captioner import Captioner
 from reinforce.models.device import device_fault
 from reinforce.models.ensemble import Ensemble
 from reinforce.models.teacher import Teacher
-from reinforce.run.batches import Room
+from reinforce.run.batches import ROOM_BYTES, Room
 from reinforce.run.view_processes import ViewProcesses
 
 
@@ -24,7 +24,7 @@ class Loaded:
         self.recipe = recipe
         self.threads = options.decode_threads or decode_threads(device)
         self.views_ahead = 2 if device.type == "cpu" else 8
-        self.room = Room(options.decode_bytes)
+        self.room = Room(options.decode_bytes or decode_bytes(device))
         try:
             self.teachers = {
                 name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
@@ -72,6 +72,11 @@ def decode_threads(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return min(8, max(2, len(os.sched_getaffinity(0)) // num_gpus() - 2))
+
+
+def decode_bytes(device: torch.device) -> int:
+    """Of pictures. A GPU asks for more at a time, and its machine has more memory."""
+    return ROOM_BYTES if device.type != "cuda" else 8 * ROOM_BYTES
 
 
 def view_processes(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from PIL import Image
 from reinforce.config import ViewSet
 from reinforce.data import augment, images, resize
 from reinforce.errors import DeviceLost
-from reinforce.run.batches import Batch, Room, View
+from reinforce.run.batches import ROOM_BYTES, Batch, Room, View
 
 SLOTS = 3  # views that are being made at a time, so that no process waits for the slowest
 ORPHANED_S = 2.0  # how often a process looks whether its worker is still there
@@ -49,7 +49,7 @@ class _Share:
 class ViewProcesses:
     """`num` processes, which end with this one."""
 
-    def __init__(self, num: int, batch_size: int, sides: Mapping[str, set[int]], num_bytes: int = 1 << 30) -> None:
+    def __init__(self, num: int, batch_size: int, sides: Mapping[str, set[int]], num_bytes: int = ROOM_BYTES) -> None:
         """`sides`: for each view set the sizes in pixels in which its views may be asked for. `num_bytes`: what the
         pictures that they keep may take together."""
         resize.has_numba()  # loaded here, it is loaded in all of them
@@ -122,7 +122,7 @@ def _begin(worker: int, slots: dict[str, list[_Slot]], num_bytes: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(worker,), daemon=True).start()
     _slots.update(slots)
-    _room = Room(num_bytes)
+    _room = Room(num_bytes, largest_share=1)
 
 
 def _end_with(worker: int) -> None:
