@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 done, but some shards failed or a check found faults; 2 th
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,11 +30,11 @@ from reinforce.terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from reinforce.check.repair import RepairReport
+    from reinforce.exchange.captions import CaptionReport
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(commands.pack)
 app.add_typer(commands.importing, name="import")
 app.add_typer(commands.exporting, name="export")
 
@@ -99,6 +100,10 @@ def run(
     store: StoreOption,
     recipe: RecipeOption = None,
     set_: SetOption = [],
+    texts: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE", help="captions that were written elsewhere, as for `import captions`"),
+    ] = [],
     workers: WorkersOption = _DEFAULTS.workers,
     device: DeviceOption = _DEFAULTS.device,
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
@@ -112,7 +117,7 @@ def run(
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes, "decode_bytes": decode_bytes}
-    _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
+    _run(shards, store, recipe, set_, json_, texts, workers=workers, device=device, **options)
 
 
 @app.command()
@@ -136,7 +141,7 @@ def extend(
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes}
     options |= {"decode_bytes": decode_bytes, "extend": True}
-    _run(shards, store, recipe, set_, json_, workers=workers, device=device, **options)
+    _run(shards, store, recipe, set_, json_, [], workers=workers, device=device, **options)
 
 
 @app.command()
@@ -162,17 +167,37 @@ def plan(
         show(asdict(reckon(shards, store, loaded, parse(RunOptions, asked, "the request"), card)), json_)
 
 
-def _run(shards: str, store: str, recipe: str | None, set_: list[str], json_: bool, **options: Any) -> None:
+def _run(
+    shards: str,
+    store: str,
+    recipe: str | None,
+    set_: list[str],
+    json_: bool,
+    texts: Sequence[str],
+    **options: Any,
+) -> None:
+    from reinforce.exchange.captions import run_with_captions
     from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
         loaded = _recipe(recipe, store, set_)
         asked = parse(RunOptions, options, "the request")
+        files = commands.files_of("--texts", texts)
+        captions: list[CaptionReport] = []
         with redirect_stdout(sys.stderr):  # Ray prints news of its workers on stdout, which is for the answer
-            report = run_driver(shards, store, loaded, asked)
+            if files:
+                report, captions = run_with_captions(shards, store, loaded, files, asked)
+            else:
+                report = run_driver(shards, store, loaded, asked)
         if json_:
-            say(json.dumps({"recipe": loaded.name} | asdict(report)))
+            told = {"captions": [asdict(written) for written in captions]} if captions else {}
+            say(json.dumps({"recipe": loaded.name} | asdict(report) | told))
         else:
+            for written in captions:
+                say(
+                    f"Captions '{written.text_set}': {written.num_captions} for each of {written.samples} samples; "
+                    f"{written.without_caption} have none, {written.without_image} are of no sample"
+                )
             training = f"--recipe {recipe}" if recipe in listed("TRAINING") else "--student mamba_small"
             _print_run(report, shards, loaded, training)
     raise typer.Exit(1 if report.failed else 0)
@@ -225,6 +250,7 @@ def info(
         found = check.info(store)
         if quarantine:
             found["quarantine"] = list(check.quarantine(store))
+            found["refused"] = check.refused(store)
         if embeddings:
             from reinforce.check.dial import dial
 
@@ -310,7 +336,7 @@ def redo(
     _mend(lambda options: again(store, names, shards, options), store, workers, device, json_)
 
 
-def _mend(work: "Callable[[RunOptions], RepairReport]", store: str, workers: str, device: str, json_: bool) -> None:
+def _mend(work: Callable[[RunOptions], "RepairReport"], store: str, workers: str, device: str, json_: bool) -> None:
     with errors_as_sentences():
         # Shards that are there were accepted before, whatever their share of bad samples.
         options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")
@@ -365,14 +391,15 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
             + "".join(f", {num} {reason}" for reason, num in report.quarantined.items())
             + "."
         )
-    if report.failed:
-        same = all(failure.quarantined for failure in report.failed)  # another try would read the same samples
-        say(
-            f"Failed: {len(report.failed)} of {report.shards} shards, of which nothing was written. "
-            + ("Repair them:" if same else "Run again to retry:")
-        )
-        for failure in report.failed:
+    for kind, num in report.noted.items():
+        say(f"Noted:  {num} {kind}, as {report.first[kind]}")
+    for final, remedy in ((True, "They stay so until this is mended:"), (False, "Run again to retry:")):
+        if failed := [failure for failure in report.failed if failure.final == final]:
+            say(f"Failed: {len(failed)} of {report.shards} shards. {remedy}")
+        for failure in failed:
             say(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+            for kind, num in failure.noted.items() if failure.quarantined else ():
+                say(f"    {num} {kind}, as {failure.first[kind]}")
     fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
     say(

@@ -114,6 +114,31 @@ class Teacher(Model):
         return self
 
 
+class CaptionFiles(Config):
+    """How captions lie in the files of a sample."""
+
+    keys: tuple[str, ...] = ("caption", "captions")
+    lines: bool = False
+
+
+CAPTION_FILES = CaptionFiles()
+
+
+def _one_or_more(names: Any) -> Any:
+    return (names,) if isinstance(names, str) else names
+
+
+# What a recipe and a training say of the files that captions come in.
+CaptionKeys = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_one_or_more),
+    Field(min_length=1, description="the keys of a sample's .json under which captions lie, in their order"),
+]
+CaptionLines = Annotated[
+    bool, Field(description="each line of a sample's .txt is a caption; by default all of them are one")
+]
+
+
 class Captioner(Model):
     """A CoCa and how it is sampled (defaults: the published DataCompDR-style settings, nucleus sampling)."""
 
@@ -191,6 +216,8 @@ class Recipe(Config):
     num_original_captions: int = Field(
         1, ge=0, description="how many of the captions that came with an image are kept; 0: images need no caption"
     )
+    caption_keys: CaptionKeys = CAPTION_FILES.keys
+    caption_lines: CaptionLines = CAPTION_FILES.lines
     embeddings: Packing = Field(
         "bf16",
         description="how they are stored: bfloat16; the same bits in pcodec, which fewer programs read; or a byte for "
@@ -220,6 +247,13 @@ class Recipe(Config):
     def text_teachers(self) -> list[str]:
         """Those that embed texts, too."""
         return [name for name, teacher in self.teachers.items() if teacher.reads_texts]
+
+    @property
+    def caption_files(self) -> CaptionFiles | None:
+        """How to read the captions that came with the images; None where they are not asked for."""
+        if not self.num_original_captions:
+            return None
+        return CaptionFiles(keys=self.caption_keys, lines=self.caption_lines)
 
     @property
     def random_seed(self) -> int | None:

@@ -8,6 +8,7 @@
     ├── ReplayError (ValueError)        view parameters and image do not belong together
     ├── Diverged (ArithmeticError)      a loss is NaN or infinite
     ├── DeviceLost (RuntimeError)       a GPU has failed, and this process can use it no more
+    ├── HubError (OSError)              a hub of models does not answer, or refuses
     └── StoreError
         ├── ManifestMismatch            the store promises something other than was asked
         ├── NotCommitted (LookupError)  the column is not there (yet)
@@ -74,6 +75,14 @@ class Diverged(ReinforceError, ArithmeticError):
 
 class DeviceLost(ReinforceError, RuntimeError):
     """A call failed on the GPU in a way after which all calls of this process fail: an illegal access, an ECC error."""
+
+
+class HubError(ReinforceError, OSError):
+    """A hub of models does not answer, or refuses; `status` is that of HTTP, 0 where there was no answer."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class StoreError(ReinforceError):

@@ -70,6 +70,12 @@ def special(name: str, type: bytes, **pax: str) -> tarfile.TarInfo:
     return member
 
 
+def hard_link(name: str, target: str) -> tarfile.TarInfo:
+    member = special(name, tarfile.LNKTYPE)
+    member.linkname = target
+    return member
+
+
 def header(name: str, size: int, kind: bytes = b"0", extended: int = 0) -> bytes:
     """Of a member that says it has `size` bytes, and, where `extended`, a map of holes in the next block."""
     member = special(name, kind)
@@ -117,6 +123,27 @@ def odd_tars() -> dict[str, tuple[bytes, Expected]]:
         "sparse": (
             tar((special("a.jpg", b"0", **sparse), b"1\n0\n5\n".ljust(512, b"\0") + b"x" * 5), a[1], *b),
             [no_a, good_b],
+        ),
+        "hard_links": (
+            tar(*a, (hard_link("b.jpg", "a.jpg"), b""), b[1], (hard_link("c.jpg", "b.jpg"), b""), b[1]),
+            [good_a, good_b, ("c", Status.MISSING_CAPTION), ("b", Status.DUPLICATE_KEY)],
+        ),
+        "hard_link_to_nothing": (tar((hard_link("a.jpg", "x/a.jpg"), b""), a[1], *b), [no_a, good_b]),
+        "symbolic_links": (
+            tar((special("a.jpg", tarfile.SYMTYPE), b""), (special("a.txt", tarfile.SYMTYPE), b""), *b),
+            [no_a, good_b],
+        ),
+        "symbolic_link_then_file": (tar((special("a.jpg", tarfile.SYMTYPE), b""), *a), [good_a]),
+        "sparse_alone": (
+            tar(
+                *((special(f"{key}.jpg", b"0", **sparse), b"1\n0\n5\n".ljust(512, b"\0") + b"x" * 5) for key in "xyz"),
+                *a,
+            ),
+            [*((key, Status.MISSING_IMAGE) for key in "xyz"), good_a],
+        ),
+        "avif_by_name": (
+            tar(("a.avif", b"\0\0\0 ftypavif"), a[1], ("b.jpg", b"\0\0\0 ftypavif"), b[1]),
+            [("a", Status.UNKNOWN_IMAGE_FORMAT), ("b", Status.UNKNOWN_IMAGE_FORMAT)],
         ),
         "again_at_once": (tar(*a, *a, *b), [good_a, again_a, good_b]),
         "again_later": (tar(*a, *b, *a), [good_a, good_b, again_a]),

@@ -297,9 +297,9 @@ def test_base_to_novel_by_hand() -> None:
     classes = torch.eye(5)
     features = torch.eye(5)[[0, 1, 1, 3, 4]] + 2 * torch.eye(5)[[0, 1, 1, 0, 4]]
     scores = base_to_novel(F.normalize(features, dim=-1), torch.tensor([0, 1, 2, 3, 4]), classes)
-    assert scores == pytest.approx({"top1": 0.6, "base": 2 / 3, "novel": 1.0, "hm": 0.8, "num": 5})
+    assert scores == pytest.approx({"acc1": 0.6, "base": 2 / 3, "novel": 1.0, "hm": 0.8, "num": 5})
     only = base_to_novel(torch.eye(5)[:1], torch.tensor([0]), classes)
-    assert only == {"top1": 1.0, "base": 1.0, "num": 1}
+    assert only == {"acc1": 1.0, "base": 1.0, "num": 1}
 
 
 def test_class_files_are_compared(tmp_path: Path) -> None:

@@ -25,13 +25,14 @@ from reinforce.__main__ import app
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
 from reinforce.errors import ConfigError, ManifestMismatch
-from reinforce.exchange.captions import export_keys, import_captions
+from reinforce.exchange.captions import export_keys, import_captions, run_with_captions
 from reinforce.models.teacher import Teacher
 from reinforce.run import driver
 from reinforce.store.columns import Column
 from reinforce.store.store import Store
+from tests import tiny
 from tests.conftest import Reinforced
-from tests.processes import ROOT
+from tests.processes import ROOT, here
 from train.config import TrainConfig
 from train.trainer import fit
 
@@ -188,10 +189,91 @@ def test_a_shard_whose_captions_are_not_there_is_refused(reinforced: Reinforced,
     write(tmp_path / "a.jsonl", [{"key": Store(store).read("00000", "key")[0], "text": "one"}])
     import_captions(tmp_path / "a.jsonl", store, "vlm")
     Store(store).remove("00002", VLM)
-    report = driver.run(
-        reinforced.shards, store, Store(store).promised().parsed_recipe(), RunOptions(workers="0", max_invalid=1)
-    )
+    asked = reinforced.shards, store, Store(store).promised().parsed_recipe(), RunOptions(workers="0", max_invalid=1)
+    report = driver.run(*asked)
     assert report.done == 2 and "no captions of 'vlm' yet" in report.failed[0].reason
+    import_captions(tmp_path / "a.jsonl", store, "vlm")
+    assert driver.run(*asked).done == 1
+
+
+@pytest.fixture
+def written(reinforced: Reinforced, tmp_path: Path) -> Path:
+    """Two captions of each image, but of the first, and two of one that is not there."""
+    rows = [
+        {"key": row["key"], "captions": ["a " + row["key"], "b"]}
+        for row in export_keys(reinforced.store, reinforced.shards)
+    ]
+    write(tmp_path / "vlm.jsonl", [*rows[1:], {"key": "nobody", "captions": ["c"]}])
+    return tmp_path / "vlm.jsonl"
+
+
+def test_run_takes_captions_along(reinforced: Reinforced, recipe: Recipe, written: Path, tmp_path: Path) -> None:
+    """Into a new store: it is that of run, import captions and extend, byte for byte."""
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    command = ["run", reinforced.shards, "--store", str(tmp_path / "new"), "--recipe", str(tmp_path / "recipe.json")]
+    command += ["--workers", "0", "--device", "cpu", "--max-invalid", "0.5", "--texts", f"vlm={written}", "--json"]
+    code, out, err = here(app, *command)
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["done"], told["samples"], told["valid"], told["failed"]) == (3, 34, 32, [])
+    [captions] = told["captions"]
+    assert (captions["num_captions"], captions["samples"]) == (2, 32)
+    assert (captions["without_caption"], captions["without_image"], captions["unfinished"]) == (1, 1, 0)
+
+    steps = str(shutil.copytree(reinforced.store, tmp_path / "steps"))
+    import_captions(written, steps, "vlm")
+    options = RunOptions(workers="0", device="cpu", max_invalid=0.5, extend=True)
+    driver.run(reinforced.shards, steps, Store(steps).promised().parsed_recipe(), options)
+    assert tiny.tree(tmp_path / "new") == tiny.tree(steps)
+
+    before = tiny.tree(steps)
+    code, out, err = here(app, *command[:-1])
+    assert code == 0 and "nothing to do" in out and "Captions 'vlm': 2 for each of 32 samples" in out, err
+    assert tiny.tree(tmp_path / "new") == before
+
+
+def test_a_store_with_captions_of_others_grows(
+    reinforced: Reinforced, recipe: Recipe, written: Path, store: str, tmp_path: Path
+) -> None:
+    options = RunOptions(workers="0", device="cpu", max_invalid=0.5)
+    run_with_captions(reinforced.shards, store, recipe, {"vlm": written}, options)
+    more = "::".join([reinforced.shards, tiny.tar(tmp_path / "00003.tar", 5, seed=3)])
+    alone = driver.run(more, store, Store(store).promised().parsed_recipe(), options)
+    [failure] = alone.failed
+    assert "00003 has no captions of 'vlm' yet; all that needs none is there" in failure.reason
+    assert Store(store).has("00003", Column("text", "original", "vit")) and not Store(store).has("00003", VLM)
+    report, [told] = run_with_captions(more, store, recipe, {"vlm": written}, options)
+    assert report.failed == [] and told.samples == 37 and told.without_caption == 6  # the new ones have their own
+    assert Store(store).has("00003", Column("text", "vlm", "vit"))
+
+
+def test_a_wrong_file_for_a_run_is_told_before_any_work(
+    reinforced: Reinforced, recipe: Recipe, written: Path, store: str, tmp_path: Path
+) -> None:
+    def run(name: str, path: Path, where: str) -> None:
+        run_with_captions(reinforced.shards, where, recipe, {name: path}, RunOptions(workers="0", device="cpu"))
+
+    new = str(tmp_path / "new")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run("vlm", tmp_path / "none.jsonl", new)
+    with pytest.raises(ConfigError, match="'coca' names a captioner and an imported text set"):
+        run("coca", written, new)
+    assert not Path(new).exists()
+    import_captions(written, store, "vlm")
+    before = tiny.tree(store)
+    write(tmp_path / "other.jsonl", [{"key": "x", "text": "one"}])
+    with pytest.raises(ManifestMismatch, match="texts.vlm.sha256"):
+        run("vlm", tmp_path / "other.jsonl", store)
+    assert tiny.tree(store) == before
+    code, _, err = here(app, "run", "x.tar", "--store", new, "--recipe", "sample", "--texts", "vlm")
+    assert code == 2 and "--texts vlm: write NAME=FILE, such as vlm=captions.jsonl" in err
+
+
+def test_a_shard_whose_samples_are_not_known_is_left_out_of_an_import(written: Path, store: str) -> None:
+    Store(store).remove("00001", Column("sample", "", "status"))
+    report = import_captions(written, store, "vlm")
+    assert (report.unfinished, report.samples) == (1, 23)
+    assert not Store(store).has("00001", VLM) and Store(store).has("00002", VLM)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_the_recipe_is_one_of_both_stages() -> None:
 
 def test_the_table_has_mean_and_spread_of_the_seeds() -> None:
     def scores(base: float) -> dict[str, dict[str, float]]:
-        return {"test": {"base": base, "novel": 0.5, "hm": 0.5, "top1": 0.25}, "grey": {"top1": 0.125}}
+        return {"test": {"base": base, "novel": 0.5, "hm": 0.5, "acc1": 0.25}, "grey": {"acc1": 0.125}}
 
     rows = {"zero-shot student": [0.2]} | {name: [0.3, 0.4] for name in comkd.variants(7)}
     found = {

@@ -100,7 +100,7 @@ def test_a_student_learns_is_kept_and_says_the_same_when_loaded(made: Made, tmp_
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]
     scores = report["evaluated"]["test"]
-    assert set(scores) == {"top1", "base", "novel", "hm", "num", "num_skipped"}
+    assert set(scores) == {"acc1", "base", "novel", "hm", "num", "num_skipped"}
     assert scores["novel"] == 1.0  # one class of the second half: told apart from nothing
     loaded = classifier.load(tmp_path / "a/student")
     assert loaded.names == NAMES and loaded.head.attention is not None and loaded.head.attention.alpha != 0

@@ -92,6 +92,21 @@ def test_a_short_command_runs_as_it_stands(line: str, home: Path, monkeypatch: p
     assert ran.stdout.strip()
 
 
+def test_the_commands_that_pack_do_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / f"photos/{i}.jpg").write_bytes(tiny.picture(i))
+        (tmp_path / f"photos/{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "pairs.csv").write_text("path,caption\nphotos/0.jpg,one\nphotos/2.jpg,two\n")
+    text = "".join(blocks(ROOT / "docs/reinforcing.md", ""))
+    lines = [line for line in text.splitlines() if line.startswith("clip-reinforce pack")]
+    for line in lines:
+        ran = CliRunner().invoke(reinforce, shlex.split(line)[1:])
+        assert ran.exit_code == 0 and "noted: none" in ran.stdout, ran.output
+    assert len(lines) == 2 and (tmp_path / "shards/photos/00000.tar").exists() and (tmp_path / "shards/pairs").exists()
+
+
 def test_the_recipe_to_copy_is_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(blocks(ROOT / "docs/add.md", "python")[0])

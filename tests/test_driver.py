@@ -11,6 +11,7 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
+from reinforce.check.info import refused
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch
@@ -26,7 +27,7 @@ from tests.processes import Run, kill
 def tars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Five shards: longer than a batch, a last batch of one, shorter than a batch, empty, one with a bad image."""
     folder = tmp_path_factory.mktemp("tars")
-    sizes = [(11, 0), (9, 0), (3, 0), (0, 0), (10, 1)]
+    sizes = [(11, 0), (9, 0), (3, 0), (1, 0), (10, 1)]
     return [tiny.tar(folder / f"{i:05d}.tar", good, bad, seed=i) for i, (good, bad) in enumerate(sizes)]
 
 
@@ -48,7 +49,7 @@ def alone(recipe: Recipe, tars: list[str], tmp_path_factory: pytest.TempPathFact
     """The store that one worker without Ray makes, in the given order."""
     store = tmp_path_factory.mktemp("alone") / "s"
     report = driver.run("::".join(tars), str(store), recipe, RunOptions(workers="0", device="cpu"))
-    assert (report.done, report.samples, report.valid, report.failed) == (5, 34, 33, [])
+    assert (report.done, report.samples, report.valid, report.failed) == (5, 35, 34, [])
     return tiny.tree(store)
 
 
@@ -84,7 +85,11 @@ def test_failed_shards_are_told_and_the_others_done(
     assert report.done == 1
     assert {failure.shard: failure.attempts for failure in report.failed} == {"broken": 1, "bad": 1}
     assert "2 of 4 samples are invalid" in next(f.reason for f in report.failed if f.shard == "bad")
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["00001", "zarr.json"]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["00001", "__refused__", "zarr.json"]
+    assert {shard: told["quarantined"] for shard, told in refused(str(tmp_path / "s")).items()} == {
+        "bad": {"unknown_image_format": 2},
+        "broken": {},
+    }
 
 
 @pytest.mark.parametrize("faults", [1, 9])

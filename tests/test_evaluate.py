@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from reinforce.config import CaptionFiles
 from reinforce.data import images, shards
 from reinforce.errors import ConfigError, MissingExtra, ShardError
 from reinforce.models.open_clip import open_clip
@@ -41,16 +42,20 @@ def test_zeroshot_by_eye() -> None:
     classes = torch.eye(3)
     image_features = unit([[3, 2, 1], [1, 3, 2], [2, 3, 1], [1, 2, 3]])  # nearest: 0, 1, 1, 2
     metrics = ev.zeroshot(image_features, torch.tensor([0, 1, 0, 0]), classes)
-    assert metrics == {"top1": 0.5, "mean_per_class": pytest.approx((1 / 3 + 1) / 2), "num": 4}  # class 2 has no image
+    assert metrics == {
+        "acc1": 0.5,
+        "mean_per_class_recall": pytest.approx((1 / 3 + 1) / 2),
+        "num": 4,
+    }  # class 2 has no image
 
 
-def test_top5_is_there_where_it_says_something() -> None:
+def test_acc5_is_there_where_it_says_something() -> None:
     image_features = unit([[6, 5, 4, 3, 2, 1, 0]])
     at = [ev.zeroshot(image_features, torch.tensor([label]), torch.eye(7)) for label in range(7)]
-    assert [m["top1"] for m in at] == [1, 0, 0, 0, 0, 0, 0]
-    assert [m["top5"] for m in at] == [1, 1, 1, 1, 1, 0, 0]
-    assert "top5" not in ev.zeroshot(torch.eye(5), torch.arange(5), torch.eye(5))
-    assert "top5" in ev.zeroshot(torch.eye(6), torch.arange(6), torch.eye(6))
+    assert [m["acc1"] for m in at] == [1, 0, 0, 0, 0, 0, 0]
+    assert [m["acc5"] for m in at] == [1, 1, 1, 1, 1, 0, 0]
+    assert "acc5" not in ev.zeroshot(torch.eye(5), torch.arange(5), torch.eye(5))
+    assert "acc5" in ev.zeroshot(torch.eye(6), torch.arange(6), torch.eye(6))
 
 
 def test_retrieval_by_eye_with_several_captions_an_image() -> None:
@@ -58,9 +63,9 @@ def test_retrieval_by_eye_with_several_captions_an_image() -> None:
     text_features = unit([[3, 1], [1, 2], [1, 3], [0, 1]])
     # Image 0 has texts 0 and 1: its first is nearest, its second lies with image 1. Image 1 has texts 2 and 3.
     metrics = ev.retrieval(image_features, text_features, torch.tensor([0, 0, 1, 1]))
-    assert metrics["image_to_text_r1"] == 1.0
-    assert metrics["text_to_image_r1"] == 0.75
-    assert metrics["text_to_image_r5"] == metrics["image_to_text_r10"] == 1.0
+    assert metrics["text_retrieval_recall@1"] == 1.0
+    assert metrics["image_retrieval_recall@1"] == 0.75
+    assert metrics["image_retrieval_recall@5"] == metrics["text_retrieval_recall@10"] == 1.0
     assert (metrics["num_images"], metrics["num_texts"]) == (2, 4)
 
 
@@ -68,16 +73,24 @@ def test_retrieval_by_eye_with_several_captions_an_image() -> None:
 def test_a_student_that_says_the_same_of_everything_scores_nothing(value: float) -> None:
     features = torch.full((40, 8), value)
     zeroshot = ev.zeroshot(features, torch.arange(40), features)
-    assert zeroshot == {"top1": 0, "top5": 0, "mean_per_class": 0, "num": 40}
+    assert zeroshot == {"acc1": 0, "acc5": 0, "mean_per_class_recall": 0, "num": 40}
     recalls = ev.retrieval(features, features, torch.arange(40))
     assert not any(value for name, value in recalls.items() if not name.startswith("num"))
+
+
+def test_names_are_those_of_clip_benchmark() -> None:
+    """Version 1.6.2: clip_benchmark/metrics/zeroshot_classification.py and zeroshot_retrieval.py."""
+    classes = ev.zeroshot(torch.eye(6), torch.arange(6), torch.eye(6))
+    assert {"acc1", "acc5", "mean_per_class_recall"} | {"num"} == classes.keys()
+    theirs = {f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)}
+    assert theirs | {"num_images", "num_texts"} == ev.retrieval(torch.eye(2), torch.eye(2), torch.arange(2)).keys()
 
 
 def test_one_other_that_ties_is_a_miss_at_1_and_a_hit_at_5() -> None:
     image_features, class_features = torch.eye(6)[:1], torch.eye(6)
     class_features[3] = class_features[0]
     metrics = ev.zeroshot(image_features, torch.tensor([0]), class_features)
-    assert (metrics["top1"], metrics["top5"]) == (0.0, 1.0)
+    assert (metrics["acc1"], metrics["acc5"]) == (0.0, 1.0)
 
 
 # Metrics, against a slow definition. Whole numbers, so that similarities and their ties are exact.
@@ -114,18 +127,18 @@ def test_metrics_are_those_of_the_slow_definition(data: st.DataObject, num_image
         recalls = ev.retrieval(image_features, others, torch.tensor(owner))
         zeroshot = ev.zeroshot(image_features, torch.tensor(labels), others)
     for k in (1, 5, 10):
-        assert recalls[f"image_to_text_r{k}"] == pytest.approx(
+        assert recalls[f"text_retrieval_recall@{k}"] == pytest.approx(
             mean(slow_hits(image_features, others, lambda image, text: owner[text] == image, k))
         )
-        assert recalls[f"text_to_image_r{k}"] == pytest.approx(
+        assert recalls[f"image_retrieval_recall@{k}"] == pytest.approx(
             mean(slow_hits(others, image_features, lambda text, image: owner[text] == image, k))
         )
     hits = slow_hits(image_features, others, lambda image, label: labels[image] == label, 1)
     by_class = [mean([hit for hit, label in zip(hits, labels, strict=True) if label == c]) for c in {*labels}]
-    assert zeroshot["top1"] == pytest.approx(mean(hits))
-    assert zeroshot["mean_per_class"] == pytest.approx(mean(by_class))
-    top5 = slow_hits(image_features, others, lambda image, label: labels[image] == label, 5)
-    assert zeroshot.get("top5") == (pytest.approx(mean(top5)) if len(others) > 5 else None)
+    assert zeroshot["acc1"] == pytest.approx(mean(hits))
+    assert zeroshot["mean_per_class_recall"] == pytest.approx(mean(by_class))
+    acc5 = slow_hits(image_features, others, lambda image, label: labels[image] == label, 5)
+    assert zeroshot.get("acc5") == (pytest.approx(mean(acc5)) if len(others) > 5 else None)
 
 
 # Embeddings.
@@ -202,7 +215,7 @@ def test_a_student_that_sees_nothing_scores_nothing(tmp_path: Path) -> None:
     with torch.no_grad():
         student.model.visual.proj.zero_()
     metrics = ev.evaluate(student, {"classes": EvalSet(classification_set(tmp_path))})["classes"]
-    assert metrics == {"top1": 0, "mean_per_class": 0, "num": 6, "num_skipped": 0}
+    assert metrics == {"acc1": 0, "mean_per_class_recall": 0, "num": 6, "num_skipped": 0}
 
 
 def test_half_precision_is_near(student: Student, tmp_path: Path) -> None:
@@ -270,8 +283,25 @@ def test_tars_of_a_training_set_give_all_their_captions(student: Student, tmp_pa
     for name in "ab":
         parts = {"jpg": tiny.picture(0), "txt": f"one\n{name}".encode(), "json": many}
         shards.write(str(tmp_path / f"{name}.tar"), [("key", parts)])
-    loaded = EvalSet(f"{tmp_path}/a.tar::{tmp_path}/b.tar").load(student.preprocess_cfg)
+    url = f"{tmp_path}/a.tar::{tmp_path}/b.tar"
+    loaded = EvalSet(url).load(student.preprocess_cfg)
     assert loaded.truth == [("one a", "two", "three"), ("one b", "two", "three")]
+    loaded = EvalSet(url, files=CaptionFiles(lines=True, keys=("none",))).load(student.preprocess_cfg)
+    assert loaded.truth == [("one", "a"), ("one", "b")]
+
+
+def test_a_label_may_be_in_json(student: Student, tmp_path: Path) -> None:
+    url = classification_set(tmp_path)
+    labels = (b"1", b'{"label": 2}', b'{"cls": 0, "width": 3}')
+    samples = [(f"{i}", {"jpg": tiny.picture(i), "json": label}) for i, label in enumerate(labels)]
+    shards.write(f"{url}/test/0.tar", samples)
+    (Path(url) / "test/nshards.txt").write_text("1\n")
+    (Path(url) / "test/1.tar").unlink(missing_ok=True)
+    assert EvalSet(url).load(student.preprocess_cfg).truth == [1, 2, 0]
+    for wrong in (b'"1"', b'{"label": true}', b"{", b'{"width": 3}'):
+        shards.write(f"{url}/test/0.tar", [("a", {"jpg": b"", "json": wrong})])
+        with pytest.raises(ConfigError, match=r"a.cls is missing or not a number"):
+            EvalSet(url).load(student.preprocess_cfg)
 
 
 def test_what_cannot_be_used_is_skipped_counted_and_said(
@@ -292,6 +322,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_said(
     assert (
         "5 of 6 samples skipped: empty_caption 2, truncated_image 1, missing_image 1, caption_not_utf8 1" in caplog.text
     )
+    assert "b: image: JPEG cannot be decoded" in caplog.text and "d: has no .txt with a caption" in caplog.text
     url = tiny.tar(tmp_path / "plain.tar", 3, num_bad=2)
     assert ev.evaluate(student, {"plain": EvalSet(url)})["plain"]["num_skipped"] == 2
 

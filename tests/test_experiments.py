@@ -116,18 +116,18 @@ def test_a_grid_is_trained_once_and_compared_seed_by_seed(plain: TrainConfig, tm
     ]
     closed = {"validation": f"{folder}/validation", "test": "nobody opens this"}
     table = grid.run(rows, plain, closed, "validation", 9, tmp_path, 2, "students")
-    assert [len(line["scores"]["top1"]) for line in table] == [2, 3]
-    assert table[1]["gains"]["top1"] == [
-        b - a for a, b in zip(*(line["scores"]["top1"] for line in table), strict=False)
+    assert [len(line["scores"]["acc1"]) for line in table] == [2, 3]
+    assert table[1]["gains"]["acc1"] == [
+        b - a for a, b in zip(*(line["scores"]["acc1"] for line in table), strict=False)
     ]
     assert "gains" not in table[0] and table[1]["as_good_after"] in (None, 8, 16)
-    assert {"coarse_top1", "mean_per_class"} <= table[0]["scores"].keys()
+    assert {"coarse_acc1", "mean_per_class_recall"} <= table[0]["scores"].keys()
     open_ = {split: f"{folder}/{split}" for split in ("validation", "test")}
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     tested = grid.run(rows, plain, open_, "test", 1, tmp_path, 2, "students")
     assert [line["scores"]["num"] for line in tested] == [[9], [9]] and len(weights) == 10  # students, checkpoints
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == weights
-    charts.bars(tmp_path / "bars.png", {"clean": table}, "top1", "title", "percent")
+    charts.bars(tmp_path / "bars.png", {"clean": table}, "acc1", "title", "percent")
     assert [list(curve) for curve in table[1]["curves"]] == [[8, 16]] * 3  # samples seen
     charts.curves(tmp_path / "curves.png", table, "title", "percent")
     for name in ("bars.png", "curves.png"):
@@ -135,15 +135,15 @@ def test_a_grid_is_trained_once_and_compared_seed_by_seed(plain: TrainConfig, tm
 
 
 def test_the_table_in_words() -> None:
-    def line(label: str, top1: list[float], collapsed: list[bool], **more: Any) -> dict[str, Any]:
-        scores = {"top1": top1, "coarse_top1": [0.5] * len(top1)}
-        curves = [{800: 0.3, 1600: 0.4}] * len(top1)
+    def line(label: str, acc1: list[float], collapsed: list[bool], **more: Any) -> dict[str, Any]:
+        scores = {"acc1": acc1, "coarse_acc1": [0.5] * len(acc1)}
+        curves = [{800: 0.3, 1600: 0.4}] * len(acc1)
         return {"label": label, "scores": scores, "curves": curves, "collapsed": collapsed} | more
 
     rows = [line("λ = 0", [0.4, 0.5, 0.6], [False] * 3), line("λ = 1", [0.41, 0.52, 0.63], [False, True, False])]
-    rows[1] |= {"gains": {"top1": [0.01, 0.02, 0.03]}, "as_good_after": 800}
-    rows.append(line("one", [0.7], [False], gains={"top1": [0.3]}, as_good_after=None))
-    assert grid.markdown(rows, {"top1": "top-1", "absent": "absent", "coarse_top1": "coarse"}).splitlines() == [
+    rows[1] |= {"gains": {"acc1": [0.01, 0.02, 0.03]}, "as_good_after": 800}
+    rows.append(line("one", [0.7], [False], gains={"acc1": [0.3]}, as_good_after=None))
+    assert grid.markdown(rows, {"acc1": "top-1", "absent": "absent", "coarse_acc1": "coarse"}).splitlines() == [
         "|  | top-1 by seed | mean ± sd | gain, paired | coarse | as good after | collapsed |",
         "|---|---|---|---|---|---|---|",
         "| λ = 0 | 40.0 50.0 60.0 | 50.0 ± 10.0 |  | 50.0 ± 0.0 |  | 0 of 3 |",

@@ -22,7 +22,7 @@ import pytest
 
 from reinforce.check.info import info, quarantine
 from reinforce.check.verify import verify
-from reinforce.config import Recipe, RunOptions, ViewSet
+from reinforce.config import CAPTION_FILES, Recipe, RunOptions, ViewSet
 from reinforce.data import images, shards
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ReinforceError, SampleError, ShardError
@@ -165,7 +165,7 @@ def round_of_a_tar(rng: random.Random, store: Path, folder: Path) -> str:
     shard, rows, room, good = Shard("0", str(path)), Rows(), Room(ROOM), []
     try:
         with ThreadPoolExecutor(1) as pool:
-            for batch in batches(shard, rows, 4, True, pool, room):
+            for batch in batches(shard, rows, 4, CAPTION_FILES, pool, room):
                 good += batch.rows
                 for view in views(batch, ViewSet(num_views=2), "base", 0, {8}, pool, ROOM):
                     assert len(view.params) == len(batch.rows) == len(view.pixels[8])

@@ -251,6 +251,10 @@ def test_remote_tars_are_copied_once(reinforced: Reinforced, tmp_path: Path) -> 
     assert same(list(loader(remote).batches(0, 4)), list(loader(config(reinforced)).batches(0, 4)))
     copies = sorted((tmp_path / "cache").iterdir())
     assert len(copies) == 3
+    largest = max(Path(tar).stat().st_size for tar in reinforced.shards.split("::"))
+    few = remote.but(cache_dir=str(tmp_path / "few"), cache_bytes=largest)  # copies go while others are in use
+    two_epochs = list(loader(few, streams=1).batches(0, 8))
+    assert same(two_epochs, list(loader(config(reinforced), streams=1).batches(0, 8)))
     shutil.rmtree(memory.store, ignore_errors=True)
     memory.rm("/tars", recursive=True)
     assert same(list(loader(remote).batches(0, 4)), list(loader(config(reinforced)).batches(0, 4)))

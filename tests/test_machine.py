@@ -15,6 +15,8 @@ import pytest
 
 from reinforce.__main__ import app
 from reinforce.config import Recipe, RunOptions
+from reinforce.data import shards
+from reinforce.data.copies import local_copy
 from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import expand
 from reinforce.errors import ConfigError, ShardError
@@ -23,11 +25,10 @@ from reinforce.run.on_ray import _absolute
 from reinforce.store import objects
 from reinforce.store.store import Store
 from reinforce.terminal import errors_as_sentences
-from tests import tiny
+from tests import broken, tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT, here
 from train.__main__ import app as train
-from train.data.sources import local_copy
 from train.evaluation.sets import EvalSet
 
 RUN = RunOptions(workers="0", device="cpu")
@@ -37,6 +38,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
     """`cut` tars end in the middle, `secret` ones may not be had."""
 
     def log_message(self, *told: Any) -> None: ...
+
+    def end_headers(self) -> None:
+        if "links" in self.path:
+            self.send_header("Accept-Ranges", "none")
+        super().end_headers()
 
     def do_GET(self) -> None:
         if "secret" in self.path:
@@ -75,9 +81,18 @@ def test_a_connection_that_breaks_costs_its_own_shard(served: str, recipe: Recip
 @pytest.mark.parametrize("name", ["cut", "secret", "nowhere"])
 def test_a_training_says_what_it_cannot_fetch(served: str, name: str, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=rf"{name}.tar: cannot be fetched to .*; check the address, your access and"):
-        local_copy(f"{served}/{name}.tar", str(tmp_path / "cache"))
-    assert not list((tmp_path / "cache").iterdir())  # nothing half is left, to be taken for the whole
-    assert Path(local_copy(f"{served}/whole.tar", str(tmp_path / "cache"))).stat().st_size
+        local_copy(f"{served}/{name}.tar", str(tmp_path / "cache"), None)
+    assert not list((tmp_path / "cache").glob("*"))  # nothing half is left, to be taken for the whole
+    assert Path(local_copy(f"{served}/whole.tar", str(tmp_path / "cache"), None).path).stat().st_size
+
+
+def test_hard_links_behind_a_server_that_gives_whole_files_only(served: str, tmp_path: Path) -> None:
+    data = (tmp_path / "served/whole.tar").read_bytes()[:-10240]
+    link = broken.hard_link("z.jpg", "whole-0-000.jpg").tobuf()
+    (tmp_path / "served/links.tar").write_bytes(data + link + bytes(10240))
+    with pytest.raises(ShardError, match="it has hard links, and the server does not give parts of it"):
+        list(shards.read(*expand(f"{served}/links.tar")))
+    assert [sample.key for sample in shards.read(*expand(str(tmp_path / "served/links.tar")))][-1] == "z"
 
 
 def test_faults_of_ours_stay_what_they_are() -> None:

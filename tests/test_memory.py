@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reinforce.config import Recipe, RunOptions, ViewSet
+from reinforce.config import CAPTION_FILES, Recipe, RunOptions, ViewSet
 from reinforce.data import images, resize, shards
 from reinforce.data.images import WORKING
 from reinforce.data.shards import Shard
@@ -55,7 +55,7 @@ def shard_of(folder: Path, pictures: list[bytes]) -> Shard:
 def made(shard: Shard, room: Room, batch_size: int) -> list[View]:
     found = []
     with ThreadPoolExecutor(2) as pool:
-        for batch in ahead(batches(shard, Rows(), batch_size, True, pool, room), 2, room):
+        for batch in ahead(batches(shard, Rows(), batch_size, CAPTION_FILES, pool, room), 2, room):
             found += [*views(batch, SET, "base", 0, {24, 64}, pool, room.num_bytes)]
             del batch
     return found
@@ -94,7 +94,7 @@ def test_a_room_that_is_full_keeps_the_first(tmp_path: Path) -> None:
     room = Room(16 * 4 * 64 * 64)
     with ThreadPoolExecutor(1) as pool:
         shard = shard_of(tmp_path, [encode(gradient(64, 64), "JPEG")] * 20)
-        [batch] = batches(shard, Rows(), 20, True, pool, room)
+        [batch] = batches(shard, Rows(), 20, CAPTION_FILES, pool, room)
         kept = [picture is not None for picture in batch.pictures]
         assert not room and kept == sorted(kept, reverse=True) and 10 < sum(kept) < 16
         del batch

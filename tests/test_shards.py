@@ -8,8 +8,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reinforce.config import CaptionFiles
 from reinforce.data.images import decode
-from reinforce.data.shards import Sample, Shard, Status, expand, read, read_parts, write
+from reinforce.data.shards import Place, Sample, Shard, Status, expand, locate, read, read_parts, write
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 from tests.broken import Expected, all_tars, make, members, tar
 from tests.odd import ARITHMETIC_JPEG, odd_captions
@@ -70,6 +71,48 @@ def test_captions(key: str) -> None:
     [sample] = samples_of(tar(*members(key, jpg=ARITHMETIC_JPEG, **parts)))
     assert (sample.key, sample.status, sample.captions) == (key, status, captions)
     assert status == Status.GOOD or key in sample.detail
+
+
+@pytest.mark.parametrize(
+    "files, parts, captions",
+    [
+        (CaptionFiles(lines=True), {"txt": b"one\r\n two\tthree \n\none"}, ("one", "two three")),
+        (CaptionFiles(lines=True), {"txt": b"one\ntwo", "json": b'{"caption": "a\\nb"}'}, ("one", "two", "a b")),
+        (
+            CaptionFiles(keys=("re", "org")),
+            {"json": b'{"org": "b", "re": ["a", "c"], "caption": "d"}'},
+            ("a", "c", "b"),
+        ),
+        (CaptionFiles(keys=("re",)), {"json": b'["a"]'}, ("a",)),
+    ],
+)
+def test_captions_by_line_and_under_other_keys(
+    files: CaptionFiles, parts: dict[str, bytes], captions: tuple[str, ...]
+) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/0.tar", tar(*members("a", jpg=ARITHMETIC_JPEG, **parts)))
+    [sample] = read(Shard("0", "memory://bucket/0.tar"), files)
+    assert sample.captions == captions
+
+
+def test_a_hard_link_has_the_bytes_and_the_place_of_its_file(folder: Path) -> None:
+    """Whether the tar is streamed or its members are looked up."""
+    path = str(folder / "hard_links.tar")
+    samples = list(read(Shard("0", path)))
+    assert [sample.image for sample in samples[:2]] == [ARITHMETIC_JPEG] * 2
+    assert samples[0].offset == samples[1].offset > 0
+    places = locate(path)
+    assert places[1] == Place("b", places[0].offset, len(ARITHMETIC_JPEG))
+    assert [place.key for place in places] == [sample.key for sample in samples]
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_places_are_those_of_the_samples(name: str, folder: Path) -> None:
+    if not TARS[name][1].error:
+        samples = list(read(Shard(name, str(folder / name))))
+        places = locate(str(folder / name))
+        assert [place.key for place in places] == [sample.key for sample in samples]
+        good = [(s.offset, p.offset) for s, p in zip(samples, places, strict=True) if s.status == Status.GOOD]
+        assert all(read_at == located for read_at, located in good)
 
 
 def test_the_first_of_two_samples_of_one_key_stays_whole() -> None:
@@ -281,7 +324,10 @@ def test_expand_does_not_look_for_remote_files(monkeypatch: pytest.MonkeyPatch) 
         ("{00009..00011}.tar", "00011.tar: names no file"),
         ("z*.tar", r"z\*.tar: names no file"),
         ("memory://nowhere/*.tar", "names no file"),
-        ("d.tar", r"d.tar is a folder; a shard is a tar: write .d.tar/\*.tar"),
+        (
+            "d.tar",
+            r"d.tar is a folder; a shard is a tar: write .d.tar/\*.tar', or .*: clip-reinforce pack d.tar -o DIR",
+        ),
         ("more/*", "notes.txt: a shard is a file NAME.tar"),
         ("s3://bucket/train", "a shard is a file NAME.tar"),
         ("s3://bucket/.tar", "a shard is a file NAME.tar"),

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from reinforce.config import ClassSet, Recipe, Teacher
-from reinforce.errors import ConfigError, Corrupt, NotCommitted, StoreError
+from reinforce.errors import ConfigError, Corrupt, ManifestMismatch, NotCommitted, StoreError
 from reinforce.store import arrays
 from reinforce.store.arrays import CHUNK_ROWS
 from reinforce.store.columns import CLASSES, Column, class_columns, columns
@@ -459,6 +459,19 @@ def test_a_teacher_more_leaves_the_promises_of_the_others(promised: Store) -> No
     seeded = manifest_of(recipe.but(seed=5), vit=vit)
     changed = [str(column) for column in first.columns() if first.promise(column) != seeded.promise(column)]
     assert changed == ["view/base/augment", "view/base/pixels", "view/base/vit"]
+
+
+def test_how_captions_are_read_is_promised_only_where_it_is_not_the_usual_way(promised: Store) -> None:
+    """So that stores that were written before it could be asked for are what they were."""
+    usual = promised.promised()
+    assert not {"caption_keys", "caption_lines"} & usual.recipe.keys()
+    for changes in ({"caption_keys": ("text",)}, {"caption_lines": True}):
+        recipe = usual.parsed_recipe().but(**changes)
+        other = Manifest.of(recipe, usual.models)
+        assert other.parsed_recipe() == recipe and other.fingerprint != usual.fingerprint
+        assert all(other.promise(column) != usual.promise(column) for column in usual.columns())
+        with pytest.raises(ManifestMismatch, match=f"recipe.{next(iter(changes))}: the store has"):
+            usual.check_recipe(recipe, "here")
 
 
 @given(place=st.integers(0, 10_000), flip=st.integers(1, 255))

@@ -66,7 +66,7 @@ def test_what_a_run_leaves(reinforced: Reinforced, tmp_path: Path) -> None:
     asked = config(reinforced, eval_sets={"own": reinforced.shards.split("::")[0]}, report_to=["tensorboard"])
     report = fit(asked, tmp_path / "run")
     assert report["steps"] == 10 and report["samples_seen"] == 80 and report["skipped"] == 2
-    assert 0 <= report["evaluated"]["own"]["image_to_text_r1"] <= 1
+    assert 0 <= report["evaluated"]["own"]["text_retrieval_recall@1"] <= 1
     saved = json.loads((tmp_path / "run/config.json").read_text())
     assert TrainConfig.model_validate(saved["config"]) == asked and saved["software"]["torch"]
     assert json.loads((tmp_path / "run/report.json").read_text()) == report

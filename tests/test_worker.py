@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reinforce.config import Recipe, RunOptions
-from reinforce.data import augment, images, shards
+from reinforce.data import augment, images, shards, tars
 from reinforce.data.shards import Status, expand
 from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch
 from reinforce.models.teacher import Teacher
@@ -161,12 +161,16 @@ def test_a_shard_with_no_valid_sample(recipe: Recipe, tmp_path: Path) -> None:
     assert np.isnan(Store(str(tmp_path / "s")).read("00000", "view/base/vit").astype(np.float32)).all()
 
 
-def test_an_empty_tar_is_done_and_empty(recipe: Recipe, tmp_path: Path) -> None:
-    report = reinforce(recipe, tiny.tar(tmp_path / "00000.tar", 0), tmp_path / "s")
-    assert (report.read, report.error) == (0, "")
-    store = Store(str(tmp_path / "s"))
-    assert store.missing("00000", columns(recipe)) == []
-    assert store.read("00000", "view/base/vit").shape == (3, 0, 16)
+def test_a_tar_without_a_sample_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    options = RunOptions(device="cpu", max_invalid=1)
+    report = reinforce(recipe, tiny.tar(tmp_path / "00000.tar", 0), tmp_path / "s", options)
+    assert (report.read, report.final) == (0, True)
+    assert "00000.tar holds no sample" in report.error and "it is empty" in report.error
+    tars.write(str(tmp_path / "1.tar"), [("a", b"1"), ("b", b"2"), ("__index__", b""), ("d/.DS_Store", b"")])
+    report = reinforce(recipe, str(tmp_path / "1.tar"), tmp_path / "s", options)
+    assert report.noted == {"hidden": 2, "no_extension": 2}
+    assert "2 no_extension, as a: has no extension" in report.error and "name it KEY.EXTENSION" in report.error
+    assert Store(str(tmp_path / "s")).shards() == []
 
 
 def test_a_broken_tar_writes_nothing(recipe: Recipe, tmp_path: Path) -> None:

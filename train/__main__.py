@@ -8,11 +8,11 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reinforce.config import parse
+from reinforce.config import CAPTION_FILES, CaptionFiles, parse
 from reinforce.errors import ConfigError, SampleError
 from reinforce.lines import say
 from reinforce.recipes import choice, listed
@@ -28,6 +28,11 @@ from reinforce.terminal import (
     typed,
 )
 from train.config import TrainConfig, load_training
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.evaluation.metrics import Precision
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -101,8 +106,19 @@ def fit(
 @app.command(name="eval")
 def eval_(
     student: StudentArgument,
-    sets: Annotated[list[str], typer.Argument(metavar="NAME=SET", help=_EVAL_HELP)],
+    sets: Annotated[
+        list[str], typer.Argument(metavar="NAME=SET", help=f"{_EVAL_HELP}; with --suite the folder of its sets")
+    ],
+    suite: Annotated[
+        Literal["datacomp"] | None, typer.Option(help="DataComp's 38 tasks, as many of them as the folder has")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images or texts per forward pass")] = 256,
+    caption_key: Annotated[
+        list[str], typer.Option(help="key of .json under which captions lie in tars; may be repeated")
+    ] = list(CAPTION_FILES.keys),
+    caption_lines: Annotated[
+        bool, typer.Option("--caption-lines", help="in tars, each line of .txt is a caption, and not all of them one")
+    ] = False,
     device: DeviceOption = "auto",
     precision: Annotated[
         Literal["fp32", "amp_bf16"], typer.Option(help="arithmetic; amp_bf16 is bfloat16 autocast")
@@ -114,6 +130,9 @@ def eval_(
     All scores are shares from 0 to 1.
 
     A student trained with comkd is scored on its own classes, by the base-to-novel protocol.
+
+    With --suite datacomp FOLDER: DataComp's tasks, each by the metric that counts for it, and their average. The exit
+    code is 1 if one could not be read.
     """
     with errors_as_sentences():
         from reinforce.models.device import pick_device
@@ -121,7 +140,11 @@ def eval_(
         from train.trained import load
 
         place = pick_device(device)
-        opened = {name: EvalSet(url) for name, url in _eval_sets(sets).items()}
+        files = CaptionFiles(keys=tuple(caption_key), lines=caption_lines)
+        if suite:
+            _suite(student, place, sets, batch_size, precision, json_)
+            return
+        opened = {name: EvalSet(url, files=files) for name, url in _eval_sets(sets).items()}
         show(load(student, place).evaluate(opened, batch_size, precision), json_)
 
 
@@ -131,19 +154,27 @@ def export(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", callback=home, help="folder to write; it must not exist yet, or be empty")
     ],
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="put it on Hugging Face, too, as OWNER/NAME; public, if it is not there yet"),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Write a student as an open_clip folder and as ONNX, and check that both give what the student gives.
 
     ONNX has both towers, or the classifier of a student trained with comkd.
 
-    If the check finds a difference, the exit code is 1 and the files stay in OUT.partial.
+    If the check finds a difference, the exit code is 1, the files stay in OUT.partial, and none goes to the hub.
     """
     with errors_as_sentences():
+        from train.hub import Repository
         from train.trained import load
 
-        report = load(student).export(out)
-        show(asdict(report), json_)
+        loaded = load(student)
+        repository = Repository(push_to_hub) if push_to_hub else None
+        report = loaded.export(out)
+        pushed = {"pushed": repository.push(out)} if repository and not report.faults else {}
+        show(asdict(report) | pushed, json_)
     raise typer.Exit(1 if report.faults else 0)
 
 
@@ -265,6 +296,24 @@ def classify(
             classified[str(path)] = {classifier.names[i]: round(probabilities[i].item(), 4) for i in best}
         show({"classified": classified, "failed": failed} if json_ else classified, json_)
     raise typer.Exit(1 if failed else 0)
+
+
+def _suite(
+    student: str, device: "torch.device", folders: list[str], batch_size: int, precision: "Precision", json_: bool
+) -> None:
+    from train.evaluation.suite import evaluate_suite
+    from train.students import Student
+    from train.trained import load
+
+    if len(folders) != 1:
+        raise ConfigError("--suite takes one folder: clip-train eval STUDENT --suite datacomp FOLDER")
+    loaded = load(student, device)
+    if not isinstance(loaded, Student):
+        raise ConfigError(f"{student} knows its own classes only; a suite needs a student of two towers")
+    report = evaluate_suite(loaded, folders[0], batch_size, precision)
+    say(*([json.dumps(asdict(report))] if json_ else report.table().split("\n")))
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def _eval_sets(texts: list[str]) -> dict[str, str]:

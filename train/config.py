@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from reinforce.config import Address, Config, ViewSet
+from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, CaptionLines, Config, ViewSet
 from reinforce.recipes import load
 
 Reporter = Literal["tensorboard", "wandb"]
@@ -95,6 +95,9 @@ class TrainConfig(LoopConfig):
     )
     fresh_views: ViewSet = Field(ViewSet(), description="how views are drawn where there is no store")
 
+    caption_keys: CaptionKeys = CAPTION_FILES.keys
+    caption_lines: CaptionLines = CAPTION_FILES.lines
+
     # The loss: (1 - distill) x contrastive + distill x distillation + feature_mse x distance to the teachers' features.
     distill: float = Field(1.0, ge=0, le=1, description="MobileCLIP's lambda")
     feature_mse: float = Field(0.0, ge=0, description="weight of the squared distance to the teachers' features")
@@ -139,7 +142,14 @@ class TrainConfig(LoopConfig):
         8, ge=1, description="places in an epoch's order that are read side by side; a multiple of the number of ranks"
     )
     workers: int = Field(2, ge=0, description="decoding processes per rank; 0: decode in the training process")
-    cache_dir: str | None = Field(None, description="folder that remote tars are copied to")
+    cache_dir: str | None = Field(
+        None, description="folder that remote tars are copied to; by default ~/.cache/clip-reinforce"
+    )
+    cache_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="what these copies may take, the oldest go first; by default what the disk has room for",
+    )
 
     eval_sets: dict[str, Address] = Field(
         {}, description="name: folder in CLIP_benchmark's layout, or tars with captions"
@@ -148,6 +158,7 @@ class TrainConfig(LoopConfig):
     free: ClassVar[frozenset[str]] = LoopConfig.free | {
         "workers",
         "cache_dir",
+        "cache_bytes",
         "shards",
         "store",
         "data",
@@ -170,6 +181,11 @@ class TrainConfig(LoopConfig):
         if self.data and self.comkd:
             raise ValueError("comkd learns from one store: give shards and store, and no data")
         return self
+
+    @property
+    def caption_files(self) -> CaptionFiles:
+        """How captions lie in tars: in those that are learned from without a store, and in those of evaluations."""
+        return CaptionFiles(keys=self.caption_keys, lines=self.caption_lines)
 
     @property
     def learns_from_teachers(self) -> bool:

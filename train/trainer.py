@@ -67,7 +67,7 @@ class _Fit(Training[Batch]):
         self.config: TrainConfig = config
         self.out, self.ranks = out, ranks
         _check_split(config, ranks)
-        self.eval_sets = {name: EvalSet(url) for name, url in config.eval_sets.items()}
+        self.eval_sets = {name: EvalSet(url, files=config.caption_files) for name, url in config.eval_sets.items()}
         self.source = source_of(config)
         self.fingerprint = self.source.fingerprint
         self.student = students.create(config.student, config.seed, config.force_image_size)

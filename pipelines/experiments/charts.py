@@ -45,9 +45,9 @@ def curves(path: Path, table: Table, title: str, ylabel: str) -> None:
     for index, line in enumerate(table):
         colour = COLOURS[index % len(COLOURS)]
         for curve in line["curves"]:
-            axes.plot(list(curve), [100 * top1 for top1 in curve.values()], color=colour, lw=0.6, alpha=0.5)
+            axes.plot(list(curve), [100 * acc1 for acc1 in curve.values()], color=colour, lw=0.6, alpha=0.5)
         mean = grid.mean_curve(line["curves"])
-        axes.plot(list(mean), [100 * top1 for top1 in mean.values()], color=colour, lw=2, label=line["label"])
+        axes.plot(list(mean), [100 * acc1 for acc1 in mean.values()], color=colour, lw=2, label=line["label"])
     axes.set_xlabel("samples seen")
     _save(figure, axes, path)
 

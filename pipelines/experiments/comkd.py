@@ -57,7 +57,7 @@ FIRST_TEACHER = FIRST_STUDENT | {
 TEACHER_LENGTH = 8  # its training, as a multiple of a student's
 SHARP = 0.03
 
-SCORES = ("base", "novel", "hm", "top1")
+SCORES = ("base", "novel", "hm", "acc1")
 
 
 def main(argv: list[str]) -> None:
@@ -203,7 +203,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _line(name: str, scores: dict[str, list[dict[str, float]]], others: list[str]) -> str:
     cells = [grid.percent([run[score] for run in scores["test"]]) for score in SCORES]
-    cells += [grid.percent([run["top1"] for run in scores[other]]) for other in others]
+    cells += [grid.percent([run["acc1"] for run in scores[other]]) for other in others]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 

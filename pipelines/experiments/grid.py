@@ -100,7 +100,7 @@ def run(
                 for metric, values in line["scores"].items()
             }
             end = list(mean_curve(base["curves"]).values())[-1]
-            line["as_good_after"] = next((n for n, top1 in mean_curve(line["curves"]).items() if top1 >= end), None)
+            line["as_good_after"] = next((n for n, acc1 in mean_curve(line["curves"]).items() if acc1 >= end), None)
     return list(table.values())
 
 
@@ -158,4 +158,4 @@ def _share_of_samples(line: dict[str, Any]) -> str:
 def _curve(path: Path, batch: int) -> dict[int, float]:
     """Top-1 on validation by the number of samples seen."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {batch * line["step"]: line["validation/top1"] for line in lines if "validation/top1" in line}
+    return {batch * line["step"]: line["validation/acc1"] for line in lines if "validation/acc1" in line}

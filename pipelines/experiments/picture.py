@@ -78,7 +78,7 @@ def read(store: Store, listed: list[Shard], key: str | None) -> Shown:
         of_another = _caption(store, shard.name, first, 0, other, views)
         captions.append(Caption("of another image", of_another.text, of_another.cosines))
         params = _first(store, shard.name, f"view/{view_set}/augment", num_views, row)
-        image = next(s.image for s in shards.read(shard, captioned=False) if s.key == keys[row])
+        image = next(s.image for s in shards.read(shard, files=None) if s.key == keys[row])
         return Shown(f"{shard.name} / {keys[row]}", images.decode(image), params, captions)
     raise ConfigError(f"none of these shards has a good sample {key or ''} in {store.url}; try info --quarantine")
 

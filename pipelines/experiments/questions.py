@@ -20,7 +20,7 @@ from reinforce.errors import ConfigError
 from train.config import TrainConfig, load_training
 from train.evaluation.metrics import Metrics
 
-METRICS = {"top1": "top-1", "mean_per_class": "mean per class", "coarse_top1": "coarse top-1"}
+METRICS = {"acc1": "top-1", "mean_per_class_recall": "mean per class", "coarse_acc1": "coarse top-1"}
 REINFORCED = 0.75  # lambda of the students that learn from teachers, where lambda is not the question
 
 # Seeds by length in steps and by lambda: more where it is decided whether teachers pay.
@@ -199,7 +199,7 @@ def _wrong(noise: str) -> str:
 
 
 def _draw(groups: dict[str, Table], out: Path, split: str) -> None:
-    charts.bars(out / "bars.png", groups, "top1", f"top-1 on {split}", "percent")
+    charts.bars(out / "bars.png", groups, "acc1", f"top-1 on {split}", "percent")
     for number, (group, lines) in enumerate(groups.items()):
         charts.curves(out / f"curves_{number}.png", lines, f"{group}: top-1 on validation", "percent")
 

@@ -20,7 +20,7 @@ from train.evaluation.sets import EvalSet
 
 SHARDS = "samples/train/{00000..00003}.tar"
 HELDOUT = "samples/heldout/00000.tar"
-RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+RECALLS = tuple(f"{way}_retrieval_recall@{k}" for way in ("text", "image") for k in (1, 5, 10))
 
 
 def main(argv: list[str]) -> None:
@@ -51,8 +51,9 @@ def main(argv: list[str]) -> None:
 
 
 def _table(found: dict[str, Any], out: Path) -> str:
-    lines = [f"{HELDOUT}: recall in percent, 120 pictures", f"{'':12}" + "".join(f"{name:>19}" for name in RECALLS)]
-    lines += [f"{n:12}" + "".join(f"{100 * m[name]:19.1f}" for name in RECALLS) for n, m in found.items()]
+    heads = "".join(f"{name.replace('_retrieval_recall', ' retrieval'):>20}" for name in RECALLS)
+    lines = [f"{HELDOUT}: recall in percent, 120 pictures", f"{'':12}{heads}"]
+    lines += [f"{n:12}" + "".join(f"{100 * m[name]:20.1f}" for name in RECALLS) for n, m in found.items()]
     lines += [
         "",
         f"Student: {out}/distilled/student, an open_clip folder; curves: tensorboard --logdir {out}",

@@ -57,7 +57,7 @@ def retrieval(out: Path, name: str) -> dict[str, float]:
     recall = metrics.retrieval(image_features, text_features, torch.arange(len(phrases)))
     alike = image_features @ text_features.T
     above = (alike.diagonal()[:, None] > alike).sum().item() / (len(alike) * (len(alike) - 1))
-    kept = {f"{way}_r{k}": recall[f"{way}_r{k}"] for way in ("image_to_text", "text_to_image") for k in (1, 5)}
+    kept = {name: recall[name] for way in ("text", "image") for k in (1, 5) if (name := f"{way}_retrieval_recall@{k}")}
     return {key: round(value, 3) for key, value in (kept | {"matching_above_other": above}).items()}
 
 

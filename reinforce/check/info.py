@@ -10,6 +10,7 @@ import numpy as np
 from reinforce.config import Recipe
 from reinforce.data.shards import Status
 from reinforce.errors import NotCommitted, StoreError
+from reinforce.store import refused as notes_of
 from reinforce.store.columns import CLASSES, KEY, STATUS, Column
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
@@ -35,6 +36,9 @@ def info(url: str) -> dict[str, Any]:
     """Counts, sets, bytes, missing columns, and those whose damage was in the way (`verify` looks for all). Embeddings
     are counted raw (2 bytes per number) and as stored."""
     store = Store(url)
+    if store.manifest() is None and (notes := refused(url)):
+        told = [f"  {shard}: {note['why']}" for shard, note in notes.items()]
+        raise StoreError(f"no store at {url}: nothing was written of the shards that a run was given", *told)
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
     quarantined: Counter[str] = Counter()
@@ -82,9 +86,16 @@ def info(url: str) -> dict[str, Any]:
         "embeddings": recipe.embeddings,
         **({"embedding_loss": manifest.embedding_loss} if manifest.embedding_loss else {}),
         "bytes": {"total": total, "embeddings_raw": raw, "embeddings_stored": stored},
+        "refused_shards": notes_of.refused(store.objects),
         "missing_columns": missing,
         "damaged_columns": damaged,
     }
+
+
+def refused(url: str) -> dict[str, dict[str, Any]]:
+    """Of every shard that a run refused, what was wrong: counts by reason, and the first sample of each."""
+    objects = Store(url).objects
+    return {shard: notes_of.refusal(objects, shard) for shard in notes_of.refused(objects)}
 
 
 def quarantine(url: str) -> Iterator[dict[str, str]]:

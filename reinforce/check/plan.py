@@ -20,7 +20,8 @@ from torch import Tensor
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
-from reinforce.data.shards import CAPTIONS, IMAGES, Shard
+from reinforce.data.captions import EXTENSIONS
+from reinforce.data.shards import IMAGES, Shard
 from reinforce.errors import ConfigError
 from reinforce.models.flops import tflop
 from reinforce.models.frozen import FrozenModel
@@ -153,7 +154,7 @@ def _trial(worker: Worker, shard: Shard, folder: Path, missing: set[Column]) -> 
 def _tried(worker: Worker, shard: Shard, num: int, folder: Path, missing: set[Column]) -> tuple[int, float, int, int]:
     """Of the first `num` samples of a shard: how many there are, seconds, bytes of their chunks, and of metadata."""
     tar = str(folder / f"first{num}.tar")
-    shards.write(tar, islice(shards.read_parts(shard, IMAGES + CAPTIONS), num))
+    shards.write(tar, islice(shards.read_parts(shard, IMAGES + EXTENSIONS), num))
     [few] = shards.expand(tar)
     if set(worker.columns) - missing:  # what is in the store already costs nothing: make it before the clock runs
         worker.reinforce(few)

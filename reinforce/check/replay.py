@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from reinforce.config import Recipe
+from reinforce.config import CaptionFiles, Recipe
 from reinforce.data import augment, images, shards
 from reinforce.data.shards import Shard, Status
 from reinforce.errors import ConfigError, MissingExtra
@@ -86,8 +86,7 @@ def _again(
     kinds = {
         column: pixel_hash_of(store.attributes(shard.name, column)) for column in {ask.column("pixels") for ask in asks}
     }
-    captioned = recipe.num_original_captions > 0
-    for row, picture in _pictures(shard, captioned, keys, {ask.row for ask in asks}):
+    for row, picture in _pictures(shard, recipe.caption_files, keys, {ask.row for ask in asks}):
         for ask in (ask for ask in asks if ask.row == row):
             size = (picture.height, picture.width)
             params = stored[ask.column("augment"), ask.index][row]
@@ -130,20 +129,26 @@ def _teachers(manifest: Manifest, recipe: Recipe, device: str, left_out: list[st
         return {}
     teachers = {}
     for name, config in recipe.teachers.items():
+        digest = manifest.models["teachers"][name].get("weights_sha256")
+        if digest is None:
+            left_out.append(f"cosines of teacher {name}: what it said was imported, and its weights are not known")
+            continue
         try:
             teacher = Teacher(config, recipe.batch_size, where, recipe.random_seed)
         except ConfigError as error:
             left_out.append(f"cosines of teacher {name}, which is not at hand: {error}")
             continue
-        if teacher.frozen.digest == manifest.models["teachers"][name]["weights_sha256"]:
+        if teacher.frozen.digest == digest:
             teachers[name] = teacher
         else:
             left_out.append(f"cosines of teacher {name}: the one at hand has other weights than the store's")
     return teachers
 
 
-def _pictures(shard: Shard, captioned: bool, keys: np.ndarray, rows: set[int]) -> Iterator[tuple[int, Image.Image]]:
-    for row, sample in enumerate(shards.read(shard, captioned)):
+def _pictures(
+    shard: Shard, files: CaptionFiles | None, keys: np.ndarray, rows: set[int]
+) -> Iterator[tuple[int, Image.Image]]:
+    for row, sample in enumerate(shards.read(shard, files)):
         if row >= len(keys) or sample.key != keys[row]:
             raise ConfigError(f"{shard.url} is not the tar that group {shard.name} was made from: row {row} differs")
         if row in rows:

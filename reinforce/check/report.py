@@ -157,7 +157,7 @@ def _draw(
 ) -> None:
     """Put the pictures of what is shown of one tar into it."""
     wanted = {sample["row"]: sample for sample in samples.values() if sample["shard"] == shard.name}
-    for row, sample in enumerate(shards.read(shard, captioned=recipe.num_original_captions > 0)):
+    for row, sample in enumerate(shards.read(shard, recipe.caption_files)):
         if row in wanted:
             _draw_sample(shard, sample, wanted[row])
         if told := aside.get((shard.name, row)):

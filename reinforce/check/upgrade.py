@@ -108,7 +108,7 @@ def _digests(
             raise ReplayError(f"{shard.url}: {sample.key} is another image than the one that was reinforced")
         return shards.image_digest(sample.image), (sample.offset, len(sample.image))
 
-    samples, found = enumerate(shards.read(shard, recipe.num_original_captions > 0)), 0
+    samples, found = enumerate(shards.read(shard, recipe.caption_files)), 0
     while group := list(islice(samples, _AT_ONCE)):
         found += len(group)
         yield from pool.map(digest, group)

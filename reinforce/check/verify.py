@@ -177,7 +177,7 @@ def _tar_faults(store: Store, manifest: Manifest, shard: Shard) -> Iterator[str]
     columns = [c for c in (KEY, STATUS, DIGEST, _CAPTION) if c in manifest.columns()]
     try:
         stored = {column: store.read(shard.name, column) for column in columns}
-        samples = list(_identities(shard, recipe.num_original_captions))
+        samples = list(_identities(shard, recipe))
     except NotCommitted:
         return  # told as missing
     except (StoreError, ShardError) as error:
@@ -195,7 +195,7 @@ def _tar_faults(store: Store, manifest: Manifest, shard: Shard) -> Iterator[str]
             yield f"{shard.name}: row {row} ({key}) has another caption"
 
 
-def _identities(shard: Shard, num_captions: int) -> Iterator[tuple[str, int, list[str]]]:
+def _identities(shard: Shard, recipe: Recipe) -> Iterator[tuple[str, int, list[str]]]:
     """Key, digest and captions of every sample, as a worker stores them."""
-    for sample in shards.read(shard, num_captions > 0):
-        yield sample.key, shards.image_digest(sample.image), sample.repeated(num_captions)
+    for sample in shards.read(shard, recipe.caption_files):
+        yield sample.key, shards.image_digest(sample.image), sample.repeated(recipe.num_original_captions)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 _LIBRARIES = {
     *("aiohttp", "aiobotocore", "botocore", "s3fs", "gcsfs", "google", "adlfs", "azure", "huggingface_hub"),
-    *("httpx", "httpcore", "requests", "urllib3", "paramiko"),
+    *("httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3", "paramiko"),
 }
 
 

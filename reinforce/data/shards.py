@@ -6,58 +6,30 @@ and a tar that is not whole is an error.
 """
 
 import hashlib
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import TypeVar
 
 import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.data import tars
+from reinforce.config import CAPTION_FILES, CaptionFiles
+from reinforce.data import captions, tars
+from reinforce.data.grouping import groups, split
+from reinforce.data.notes import REMEDIES, Notes
 from reinforce.data.remote import as_os_errors
+from reinforce.data.status import Status as Status
 from reinforce.data.tars import Member
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
-CAPTIONS = ("txt", "json")
+OTHER_IMAGES = {*("avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jxl", "jp2", "svg", "ico", "jfif")}
 # Bytes of a file that is read; 64 MiB are two thirds of a byte for each pixel that an image may have.
-LIMITS = dict.fromkeys(IMAGES, 64 << 20) | dict.fromkeys(CAPTIONS, 1 << 20)
+LIMITS = dict.fromkeys(IMAGES, 64 << 20) | dict.fromkeys(captions.EXTENSIONS, 1 << 20)
+KNOWN = {*IMAGES, *OTHER_IMAGES, *captions.EXTENSIONS, captions.LABEL}
 _END = 1 << 14  # bytes at either end of a tar that its stamp looks at
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_META = re.compile(r"__[^/]*__(/|$)")
-
-T = TypeVar("T")
-
-
-class Status(IntEnum):
-    """0, or why a sample is in quarantine. Stored as uint8: a number keeps its meaning for ever."""
-
-    GOOD = 0
-    DUPLICATE_KEY = 1
-    MISSING_IMAGE = 2
-    EMPTY_IMAGE = 3
-    UNKNOWN_IMAGE_FORMAT = 4
-    TRUNCATED_IMAGE = 5
-    BROKEN_IMAGE = 6
-    TOO_MANY_PIXELS = 7
-    MISSING_CAPTION = 8
-    EMPTY_CAPTION = 9
-    CAPTION_NOT_UTF8 = 10
-    CAPTION_NOT_TEXT = 11
-    CAPTION_JSON_BROKEN = 12
-    NO_RECORD = 13  # in what was imported
-    OTHER_SIZE = 14  # than the image that was reinforced elsewhere
-    FILE_TOO_LARGE = 15
-
-    @property
-    def reason(self) -> str:
-        """The name in reports: lower case, with underscores."""
-        return self.name.lower()
 
 
 @dataclass(frozen=True, slots=True)  # a run may have 100,000 of them
@@ -148,33 +120,45 @@ def _urls(pattern: str) -> Iterator[str]:
         except OSError as error:
             raise ConfigError(f"{url}: cannot be listed: {error}; check the address and your access to it") from error
         if not found and url and files.isdir(path):
-            raise ConfigError(f"{url} is a folder; a shard is a tar: write '{url.rstrip('/')}/*.tar'")
+            raise ConfigError(
+                f"{url} is a folder; a shard is a tar: write '{url.rstrip('/')}/*.tar', or make tars of its pictures: "
+                f"clip-reinforce pack {url} -o DIR"
+            )
         if not found:
             raise ConfigError(f"{url or 'the empty pattern'}: names no file; check the path, or leave it out")
         yield from found if local else map(files.unstrip_protocol, found)
 
 
-def read(shard: Shard, captioned: bool = True) -> Iterator[Sample]:
+def read(shard: Shard, files: CaptionFiles | None = CAPTION_FILES, notes: Notes | None = None) -> Iterator[Sample]:
     """Every sample of the tar, in its order, the bad ones with their status; images are not decoded.
 
-    Where not `captioned`, captions are neither asked for nor looked at.
+    `files`: how captions lie in their files; None: they are neither asked for nor looked at. `notes` takes what is in
+    the tar and is not used.
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
     seen: set[str] = set()
-    for key, members in _samples(shard, IMAGES + CAPTIONS):
+    notes = Notes() if notes is None else notes
+    for key, members in _samples(shard, IMAGES + captions.EXTENSIONS, notes):
         try:
             if key in seen:
                 raise SampleError(
                     Status.DUPLICATE_KEY,
                     f"{key}: comes twice; give each sample one key, its files side by side: tar --sort=name",
                 )
-            parts = {extension: member.data for extension, member in members.items()}
-            extension = _image(key, parts)
+            extension = _image(key, members)
             _check_length(key, extension, members)
-            captions = _captions_of(key, members, parts) if captioned else ()
-            sample = Sample(key, parts[extension], captions, offset=members[extension].offset)
+            for name in members:
+                if name not in KNOWN:
+                    notes.add("unused_extension", f"{key}.{name}")
+            parts = {name: member.data for name, member in members.items() if not member.odd}
+            texts = _captions(key, members, parts, files) if files else ()
+            if files and not files.lines and captions.num_lines(parts.get("txt", b"")) > 1:
+                notes.add("several_lines", f"{key}.txt")
+            sample = Sample(key, parts[extension], texts, offset=members[extension].offset)
         except SampleError as error:
             sample = Sample(key, b"", (), Status(error.status), error.message)
+            if error.status == Status.MISSING_IMAGE and (dotted := _dotted_images(members)):
+                notes.add("dots_in_name", f"{key}.{dotted[0]}", len(dotted))
         seen.add(key)
         yield sample
 
@@ -186,17 +170,19 @@ def read_parts(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str,
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
     for key, members in _samples(shard, extensions):
-        yield key, {extension: member.data for extension, member in members.items()}
+        yield key, {extension: member.data for extension, member in members.items() if not member.odd}
 
 
-def _samples(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Member]]]:
+def _samples(
+    shard: Shard, extensions: tuple[str, ...], notes: Notes | None = None
+) -> Iterator[tuple[str, dict[str, Member]]]:
     """Key and members by extension of every sample."""
 
     def wanted(path: str, length: int) -> bool:
-        name = _split(path)
+        name = split(path)
         return name is not None and name[1] in extensions and length <= LIMITS.get(name[1], length)
 
-    for key, copies in _groups(tars.members(shard.url, wanted)):
+    for key, copies in groups(tars.members(shard.url, wanted), notes):
         for members in copies:
             yield key, members
 
@@ -249,8 +235,8 @@ def locate(path: str) -> list[Place]:
     Raises ShardError where the tar cannot be followed to its end.
     """
     return [
-        Place(key, *next((parts[extension][:2] for extension in IMAGES if extension in parts), (0, 0)))
-        for key, copies in _groups(tars.places(path))
+        Place(key, *next((parts[name][:2] for name in IMAGES if name in parts and not parts[name].odd), (0, 0)))
+        for key, copies in groups(tars.places(path))
         for parts in copies
     ]
 
@@ -265,55 +251,34 @@ def write(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
         for key, parts in samples:
             for extension, data in parts.items():
                 name = f"{key}.{extension}"
-                if _split(name) != (key, extension) or "\0" in name:
+                if split(name) != (key, extension) or "\0" in name:
                     raise ConfigError(f"{path}: '{name}' would not be read as key '{key}' and '{extension}'")
                 yield name, data
 
     tars.write(path, named())
 
 
-def _split(path: str) -> tuple[str, str] | None:
-    """Key and lower-case extension; None for what is no part of a sample: dotfiles, metadata, names without a dot."""
-    folder, slash, base = path.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or _META.match(path) or "__MACOSX" in folder.split("/"):
-        return None
-    return folder + slash + stem, extension.lower()
-
-
-def _groups(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[dict[str, T]]]]:
-    """Adjacent members of one key: the sample, then a copy for each time that one of its names comes again."""
-    current, copies = "", list[dict[str, T]]()
-    for path, data in members:
-        if (name := _split(path)) is None:
-            continue
-        key, extension = name
-        if key != current and copies:
-            yield current, copies
-            copies = []
-        current = key
-        parts = next((parts for parts in copies if extension not in parts), None)
-        if parts is None:
-            copies.append(parts := {})
-        parts[extension] = data
-    if copies:
-        yield current, copies
-
-
-def _image(key: str, parts: dict[str, bytes]) -> str:
-    """The extension of its image."""
+def _image(key: str, parts: Mapping[str, Member]) -> str:
+    """The extension of its image. Raises SampleError where it has none that is read."""
+    for extension in IMAGES:
+        if extension in parts and not parts[extension].odd:
+            return extension
     for extension in IMAGES:
         if extension in parts:
-            return extension
+            raise SampleError(Status.MISSING_IMAGE, f"{key}.{extension}: {REMEDIES[str(parts[extension].odd)]}")
+    if other := next((extension for extension in parts if extension in OTHER_IMAGES), None):
+        raise SampleError(
+            Status.UNKNOWN_IMAGE_FORMAT, f"{key}.{other}: by its name it is no JPEG, PNG or WebP; convert it"
+        )
     few = ", ".join([*parts][:4]) + (", .." if len(parts) > 4 else "")
-    dotted = next((name for name in parts if name.rpartition(".")[2] in IMAGES), None)
-    remedy = f"a key ends at the first dot, so that '{dotted}' is an extension: rename the files" if dotted else ""
-    raise SampleError(
-        Status.MISSING_IMAGE, f"{key}: has no image, only {few}; {remedy or 'add one of ' + ', '.join(IMAGES)}"
-    )
+    remedy = "add one of " + ", ".join(IMAGES)
+    if dotted := _dotted_images(parts):
+        pictures = "1 picture" if len(dotted) == 1 else f"{len(dotted)} pictures"
+        remedy = f"a key ends at the first dot, so that '{dotted[0]}' is an extension ({pictures} so): rename the files"
+    raise SampleError(Status.MISSING_IMAGE, f"{key}: has no image, only {few}; {remedy}")
 
 
-def _check_length(key: str, extension: str, members: dict[str, Member]) -> None:
+def _check_length(key: str, extension: str, members: Mapping[str, Member]) -> None:
     length, limit = members[extension].length, LIMITS[extension]
     if length > limit:
         raise SampleError(
@@ -321,55 +286,17 @@ def _check_length(key: str, extension: str, members: dict[str, Member]) -> None:
         )
 
 
-def _captions_of(key: str, members: dict[str, Member], parts: dict[str, bytes]) -> tuple[str, ...]:
+def _captions(key: str, members: Mapping[str, Member], parts: dict[str, bytes], files: CaptionFiles) -> tuple[str, ...]:
     """Its captions, none of a file that is too large. Such a json matters only where there is no other caption."""
-    if "txt" in members:
+    if "txt" in parts:
         _check_length(key, "txt", members)
     try:
-        return _captions(key, parts)
+        return captions.captions(key, parts, files)
     except SampleError:
-        if "json" in members:
+        if "json" in parts:
             _check_length(key, "json", members)
         raise
 
 
-def _captions(key: str, parts: dict[str, bytes]) -> tuple[str, ...]:
-    """Those of txt, then those of json, equal ones once, runs of white space as one space."""
-    texts: list[str] = []
-    if "txt" in parts:
-        try:
-            texts.append(parts["txt"].decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise SampleError(
-                Status.CAPTION_NOT_UTF8, f"{key}.txt: byte {error.start} is not UTF-8; convert it to UTF-8"
-            ) from None
-        if "\0" in texts[0]:  # UTF-16 without its mark, or a binary file
-            raise SampleError(Status.CAPTION_NOT_TEXT, f"{key}.txt: holds NUL characters; convert it to UTF-8 text")
-    fault = ""
-    if "json" in parts:
-        try:
-            texts += _captions_of_json(parts["json"])
-        except (ValueError, RecursionError) as error:  # matters only where there is no other caption
-            fault = str(error)
-    captions = tuple(dict.fromkeys(caption for text in texts if (caption := " ".join(text.split()))))
-    if captions:
-        return captions
-    if fault:
-        raise SampleError(Status.CAPTION_JSON_BROKEN, f"{key}.json: {fault}; repair it, or add .txt")
-    if texts:
-        raise SampleError(Status.EMPTY_CAPTION, f"{key}: its captions are empty; fill or remove them")
-    raise SampleError(Status.MISSING_CAPTION, f"{key}: has no .txt, and no captions in .json; add one")
-
-
-def _captions_of_json(data: bytes) -> list[str]:
-    tree = json.loads(data)
-    if isinstance(tree, dict):
-        values = [tree[name] for name in ("caption", "captions") if tree.get(name) is not None]
-        tree = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    if not isinstance(tree, list):
-        raise ValueError("is neither a list of captions nor an object with 'caption' or 'captions'")
-    for text in tree:
-        if not isinstance(text, str) or "\0" in text:
-            raise ValueError("holds a caption that is not text")
-        text.encode()  # JSON can spell half a surrogate pair, which no store and no tokenizer can hold
-    return tree
+def _dotted_images(parts: Iterable[str]) -> list[str]:
+    return [name for name in parts if "." in name and name.rpartition(".")[2] in IMAGES]

@@ -6,13 +6,14 @@ Stricter than tarfile, which takes a damaged header or a missing end for the end
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import fsspec
 
 from reinforce.data.remote import as_os_errors
 from reinforce.errors import ShardError
 
+Odd = Literal["symbolic_link", "hard_link", "sparse_file", "special_file"]
 # What tarfile and the file systems below it raise on damaged or unreachable bytes; found by fuzzing.
 _FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
 # UTF-8 whatever the locale; a name that is not stays a valid string, as a store needs.
@@ -25,49 +26,62 @@ _EXTENSIONS |= {tarfile.SOLARIS_XHDTYPE}
 
 
 class Member(NamedTuple):
-    """A file of a tar: where its bytes begin, how many there are, and they themselves where they were wanted."""
+    """A file of a tar: where its bytes begin, how many there are, and they themselves where they were wanted. `odd` is
+    what it is where it is no plain file and no link to one; then it has no bytes."""
 
     offset: int = 0
     length: int = 0
     data: bytes = b""
+    odd: Odd | None = None
 
 
 def members(url: str, wanted: Callable[[str, int], bool]) -> Iterator[tuple[str, Member]]:
-    """Name and member of every regular file; of those that are not wanted, asked by name and length, no bytes.
+    """Name and member of every file, in order; of those that are not wanted, asked by name and length, no bytes.
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
     try:
-        with (
-            as_os_errors(),
-            fsspec.open(url, "rb") as file,
-            tarfile.open(fileobj=_File(file), mode="r|", tarinfo=_Header, **_NAMES) as tar,
-        ):
-            for member in _regular(tar):
-                content = tar.extractfile(member)
-                if content is not None:
-                    data = content.read() if wanted(member.name, member.size) else b""
-                    yield member.name, Member(member.offset_data, member.size, data)
-            tail = bytes(1 << 16)
-            while len(tail) == 1 << 16:
-                tail = tar.fileobj.read(1 << 16)  # type: ignore[union-attr]
-                if tail.strip(b"\0"):
-                    raise tarfile.ReadError("there is data after its end-of-archive marker (joined tars, or a hole)")
+        with as_os_errors(), fsspec.open(url, "rb") as file:
+            stream = _File(file)
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, **_NAMES) as tar:
+                for header, member in _files(tar):
+                    if member.length and wanted(header.name, member.length):
+                        data = stream.at(member) if header.islnk() else tar.extractfile(header).read()  # type: ignore[union-attr]
+                        member = member._replace(data=data)
+                    yield header.name, member
+                tail = bytes(1 << 16)
+                while len(tail) == 1 << 16:
+                    tail = tar.fileobj.read(1 << 16)  # type: ignore[union-attr]
+                    if tail.strip(b"\0"):
+                        raise tarfile.ReadError(
+                            "there is data after its end-of-archive marker (joined tars, or a hole)"
+                        )
     except _FAULTS as error:
         raise _cannot(url, error) from error
 
 
 def places(path: str) -> Iterator[tuple[str, Member]]:
-    """Name and member of every regular file of a local tar; none is read.
+    """Name and member of every file of a local tar; none is read.
 
     Raises ShardError where the tar cannot be followed to its end.
     """
     try:
         with tarfile.open(path, mode="r:", tarinfo=_Header, **_NAMES) as tar:
-            for member in _regular(tar):
-                yield member.name, Member(member.offset_data, member.size)
+            for header, member in _files(tar):
+                yield header.name, member
     except _FAULTS as error:
         raise _cannot(path, error) from error
+
+
+def begins_as_tar(path: str) -> bool:
+    """Whether a local file begins as a tar does: not a page that a server sent in its place."""
+    with open(path, "rb") as file:
+        first = file.read(tarfile.BLOCKSIZE)
+    try:
+        tarfile.TarInfo.frombuf(first, **_NAMES)
+    except tarfile.HeaderError:
+        return first == bytes(tarfile.BLOCKSIZE)  # one without a member
+    return True
 
 
 def write(path: str, files: Iterable[tuple[str, bytes]]) -> None:
@@ -79,11 +93,23 @@ def write(path: str, files: Iterable[tuple[str, bytes]]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, Member]]:
+    """What is no folder. A hard link has the place of the file that it stands for, which comes before it."""
+    before: dict[str, Member] = {}
+    while (header := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # else it remembers every header
-        if member.isreg() and not member.issparse():  # a sparse file of a few bytes may claim to be of any size
-            yield member
+        if header.isdir():
+            continue
+        if header.islnk():
+            member = before.get(header.linkname, Member(odd="hard_link"))
+        elif header.issparse():  # one of a few bytes may claim to be of any size
+            member = Member(odd="sparse_file")
+        elif header.isreg():
+            member = Member(header.offset_data, header.size)
+        else:
+            member = Member(odd="symbolic_link" if header.issym() else "special_file")
+        before[header.name] = member
+        yield header, member
 
 
 def _cannot(url: str, error: Exception) -> ShardError:
@@ -103,6 +129,19 @@ class _File(io.RawIOBase):
             raise tarfile.ReadError("unexpected end of data")
         data = self.file.read(size)
         self.ended = not data
+        return data
+
+    def at(self, member: Member) -> bytes:
+        """The bytes of a member that was passed already."""
+        here = self.file.tell()
+        try:
+            self.file.seek(member.offset)
+            data = self.file.read(member.length)
+            self.file.seek(here)
+        except ValueError:  # a server that gives whole files only
+            raise tarfile.ReadError(
+                "it has hard links, and the server does not give parts of it; write it with --hard-dereference"
+            ) from None
         return data
 
 

@@ -10,18 +10,20 @@ import json
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reinforce.config import ORIGINAL, Texts, parse
+from reinforce.config import ORIGINAL, Recipe, RunOptions, Texts, parse
 from reinforce.data import shards
 from reinforce.data.shards import Status
 from reinforce.errors import ConfigError, MissingExtra
 from reinforce.progress import Progress
+from reinforce.run import driver
+from reinforce.run.reports import RunReport
 from reinforce.store.columns import KEY, PLACE, STATUS, Column
 from reinforce.store.store import Store
 
@@ -32,7 +34,8 @@ _TOO_MANY = 64  # captions of one image: a file whose keys are not unique over t
 @dataclass
 class CaptionReport:
     """`without_caption`: good samples that the file says nothing of; they have their own caption, or an empty text.
-    `without_image`: keys of the file that no sample of the store has."""
+    `without_image`: keys of the file that no sample of the store has. `unfinished`: shards whose samples are not known
+    yet, which a run and another import settle."""
 
     store: str
     text_set: str
@@ -41,35 +44,96 @@ class CaptionReport:
     samples: int = 0
     without_caption: int = 0
     without_image: int = 0
+    unfinished: int = 0
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """The captions of a file, in a database, since they may be more than memory holds. `most`: of one key."""
+
+    path: Path
+    sha256: str
+    found: sqlite3.Connection
+    most: int
+
+    def texts(self, num: int | None = None, source: str = "") -> Texts:
+        """What a recipe says of them."""
+        return parse(Texts, {"num_captions": num or self.most, "source": source, "sha256": self.sha256}, str(self.path))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[CaptionFile]:
+    """Raises ConfigError where a file cannot be read as one of captions."""
+    with tempfile.TemporaryDirectory() as folder, closing(sqlite3.connect(Path(folder) / "captions.db")) as found:
+        yield CaptionFile(path, _sha256(path), found, _fill(found, path))
 
 
 def import_captions(path: Path, store_url: str, name: str, num: int | None = None, source: str = "") -> CaptionReport:
     """Write the captions of a file as the text set `name`, `num` for each image: by default as many as the image with
     most of them has. Where there are fewer they are repeated. `source` says who wrote them.
 
-    Raises ConfigError where the file cannot be read as such or the name is taken, ManifestMismatch where another file
-    was imported under this name.
+    Raises ConfigError where the file cannot be read as such, the name is taken or the store's teachers are not at hand,
+    ManifestMismatch where another file was imported under this name.
     """
     store = Store(store_url)
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
     if name in recipe.text_sets and name not in recipe.texts:
         raise ConfigError(f"{store_url} has a text set '{name}' already; give another --name")
-    with tempfile.TemporaryDirectory() as folder, closing(sqlite3.connect(Path(folder) / "captions.db")) as found:
-        sha256 = _sha256(path)
-        most = _fill(found, path)
-        texts = parse(Texts, {"num_captions": num or most, "source": source, "sha256": sha256}, str(path))
-        store.promise(
-            replace(manifest, recipe=recipe.but(texts=recipe.texts | {name: texts}).model_dump(mode="json")), True
+    if absent := [of for of, facts in manifest.models["teachers"].items() if facts.get("weights") == "imported"]:
+        raise ConfigError(
+            f"{store_url} holds what teacher '{absent[0]}' said elsewhere, and its weights are not known: it cannot "
+            "embed these captions; `run` makes a store whose teachers can"
         )
-        names = store.shards()
-        report = CaptionReport(store_url, name, texts.num_captions, len(names))
-        with Progress(len(names), "shard") as progress:
-            for shard in names:
-                _import(store, shard, Column("text", name, "caption"), texts.num_captions, found, report)
-                progress.add()
-        store.objects.sweep()
-        report.without_image = found.execute("SELECT COUNT(*) FROM captions WHERE NOT seen").fetchone()[0]
+    with opened(path) as file:
+        return _write(file, store, name, file.texts(num, source))
+
+
+def run_with_captions(
+    patterns: str, store_url: str, recipe: Recipe, files: dict[str, Path], options: RunOptions
+) -> tuple[RunReport, list[CaptionReport]]:
+    """Reinforce, import the captions of each file as the text set of its name, and have the teachers embed them: `run`,
+    `import captions` and `extend` one after the other. What is there already is not done again.
+
+    Raises what they raise; of the files, and of what the store promises otherwise, before any work.
+    """
+    with ExitStack() as stack:
+        captions = {name: stack.enter_context(opened(path)) for name, path in files.items()}
+        manifest = Store(store_url).manifest()
+        promised = manifest.parsed_recipe().texts if manifest else {}
+        texts = {
+            name: there if (there := promised.get(name)) and there.sha256 == file.sha256 else file.texts()
+            for name, file in captions.items()
+        }
+        whole = recipe.but(texts={**promised, **texts})
+        if manifest:
+            manifest.check_recipe(whole, store_url, extend=True)
+        first = driver.run(patterns, store_url, recipe.but(texts=promised), options)
+        if not first.done + first.already_there:
+            return first, []
+        told = [_write(file, Store(store_url), name, texts[name]) for name, file in captions.items()]
+        last = driver.run(patterns, store_url, whole, options.but(extend=True))
+    report = first if first.done else last
+    seconds, lost = first.seconds + last.seconds, last.embedding_loss | first.embedding_loss
+    return replace(report, failed=last.failed, seconds=seconds, embedding_loss=lost), told
+
+
+def _write(file: CaptionFile, store: Store, name: str, texts: Texts) -> CaptionReport:
+    manifest = store.promised()
+    recipe = manifest.parsed_recipe()
+    grown = recipe.but(texts=recipe.texts | {name: texts}).model_dump(mode="json")
+    store.promise(replace(manifest, recipe=grown), True)
+    names = store.shards()
+    report = CaptionReport(store.url, name, texts.num_captions, len(names))
+    with Progress(len(names), "shard") as progress:
+        for shard in names:
+            if store.has(shard, KEY) and store.has(shard, STATUS):
+                _import(store, shard, Column("text", name, "caption"), texts.num_captions, file.found, report)
+            else:
+                report.unfinished += 1
+            progress.add()
+    store.objects.sweep()
+    report.without_image = file.found.execute("SELECT COUNT(*) FROM captions WHERE NOT seen").fetchone()[0]
     return report
 
 
@@ -114,7 +178,7 @@ def _import(
 
 
 def _fill(found: sqlite3.Connection, path: Path) -> int:
-    """Gives how many captions the key with most of them has. A database, since a file may be larger than memory."""
+    """Gives how many captions the key with most of them has."""
     found.execute("CREATE TABLE captions (key, shard, texts, seen DEFAULT 0, PRIMARY KEY (key, shard)) WITHOUT ROWID")
     most = 0
     for number, row in enumerate(_rows(path), 1):

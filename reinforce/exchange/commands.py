@@ -1,6 +1,7 @@
-"""The commands `import` and `export`."""
+"""The commands `pack`, `import` and `export`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,32 @@ importing = typer.Typer(no_args_is_help=True, help="Make a store of what others 
 exporting = typer.Typer(no_args_is_help=True, help="Write a store in a form that others read.")
 
 StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
+
+
+def pack(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|TABLE",
+            callback=home,
+            help="a folder of pictures with their captions in .txt beside them; or a .csv, .tsv or .parquet with a "
+            "column of paths and one of captions",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", callback=home, help="the folder that is written")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="pictures in a tar")] = 10_000,
+    image_column: Annotated[str | None, typer.Option(help="of a table: where the paths are")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="of a table: where the captions are")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Make shards of a folder of pictures, or of a table of paths and captions. The same input gives the same bytes."""
+    from reinforce.exchange.packed import pack as make
+
+    with errors_as_sentences():
+        report = make(source, out, samples_per_shard, image_column, caption_column)
+        following = f"{typed('clip-reinforce')} run '{out}/*.tar' --store STORE --recipe RECIPE"
+        show(asdict(report), json_, following)
+    raise typer.Exit(1 if "missing_file" in report.noted else 0)
 
 
 @importing.command("datacompdr")
@@ -40,6 +67,32 @@ def import_datacompdr(
         from reinforce.exchange.imported import import_datacompdr as run
 
         report = run(records, images or records, store, load_recipe(recipe, set_), _widths(width), max_invalid)
+        show(asdict(report), json_)
+        raise typer.Exit(1 if report.failed else 0)
+
+
+@importing.command("clip-retrieval")
+def import_clip_retrieval(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=home, help="a local folder with img_emb, text_emb and metadata")
+    ],
+    images: Annotated[str, typer.Option(help="the tars that were embedded")],
+    store: StoreOption,
+    clip_model: Annotated[
+        str, typer.Option(help="as clip-retrieval was told: ViT-B/32, open_clip:ViT-B-32/laion2b_s34b_b79k, ..")
+    ],
+    teacher: Annotated[str, typer.Option(help="what the model is called in the store")] = "clip",
+    logit_scale: Annotated[float, typer.Option(help="what the model multiplies its cosines by")] = 100.0,
+    max_invalid: Annotated[
+        float, typer.Option(help="a shard with a larger share of samples without image or embedding is refused")
+    ] = 0.1,
+    json_: JsonOption = False,
+) -> None:
+    """Make a store of what clip-retrieval embedded, and of those tars: one view of each image, its middle."""
+    with errors_as_sentences():
+        from reinforce.exchange.clip_retrieval import import_clip_retrieval as run
+
+        report = run(folder, images, store, clip_model, teacher, logit_scale, max_invalid)
         show(asdict(report), json_)
         raise typer.Exit(1 if report.failed else 0)
 
@@ -118,6 +171,19 @@ def export_columns(
         report = run(store, columns, out, form)
         show(asdict(report), json_)
         raise typer.Exit(1 if report.failed else 0)
+
+
+def files_of(option: str, given: Sequence[str]) -> dict[str, Path]:
+    """Files by name, from texts NAME=FILE. Raises ConfigError."""
+    files: dict[str, Path] = {}
+    for item in given:
+        name, equals, file = item.partition("=")
+        if not (name and equals and file):
+            raise ConfigError(f"{option} {item}: write NAME=FILE, such as vlm=captions.jsonl")
+        if name in files:
+            raise ConfigError(f"{option}: '{name}' is given twice; take another name for one of the files")
+        files[name] = home(Path(file))
+    return files
 
 
 def _widths(given: list[str]) -> dict[str, int]:

@@ -3,10 +3,11 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from reinforce.config import ORIGINAL, Captioner, Recipe, ViewSet
 from reinforce.data import augment, shards
 from reinforce.data.resize import Picture
-from reinforce.data.shards import Shard, Status
+from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, ReplayError, ShardError
 from reinforce.exchange import datacompdr
 from reinforce.exchange.datacompdr import NoRecord, Record
@@ -28,6 +29,19 @@ from reinforce.store.store import Store, identity, said_of
 LOGIT_SCALE = 100.0  # of both of DataCompDR's teachers
 _AT_ONCE = 64  # images that are decoded side by side
 _LEAST_REACH = 0.9  # of thirty crops one nearly always comes to the right and lower edge
+
+# Of a sample whose image has this (height, width): its record, or None.
+RecordOf: TypeAlias = Callable[[Sample, tuple[int, int]], Record | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose records they are. `of_shard` is asked once for each tar of images; `absent` is what is said of an image
+    without a record; `measured`: crops were drawn in pixels of images that may have been smaller than these."""
+
+    of_shard: Callable[[Shard], RecordOf]
+    absent: str
+    measured: bool
 
 
 def import_datacompdr(
@@ -45,7 +59,6 @@ def import_datacompdr(
     first record says. `widths`: of each teacher's part of an embedding, in the recipe's order; none: equal parts.
     Raises ConfigError and ManifestMismatch before any work; shards that fail are in the report.
     """
-    start = time.monotonic()
     told = {shard.name: shard for shard in shards.expand(records)}
     listed = shards.expand(images)
     if alone := [shard for shard in listed if shard.name not in told]:
@@ -55,7 +68,30 @@ def import_datacompdr(
     first = _first(list(told.values()))
     recipe = _as_found(recipe, first)
     widths = _widths(recipe, widths, first.image.shape[1])
-    store, manifest = Store(store_url), Manifest.of(recipe, _models(recipe, widths))
+
+    def of_shard(shard: Shard) -> RecordOf:
+        records, names = dict(_records(told[shard.name])), _names(shard)
+        return lambda sample, _: records.get(names.get(sample.key, sample.key))
+
+    source = Source(of_shard, "no record of this key or uid", measured=True)
+    return write_records(source, listed, store_url, recipe, widths, LOGIT_SCALE, max_invalid)
+
+
+def write_records(
+    source: Source,
+    listed: list[Shard],
+    store_url: str,
+    recipe: Recipe,
+    widths: dict[str, int],
+    logit_scale: float,
+    max_invalid: float,
+) -> RunReport:
+    """Write the records of all images of the tars. A store that was begun is gone on with.
+
+    Raises ManifestMismatch before any work; shards that fail are in the report.
+    """
+    start = time.monotonic()
+    store, manifest = Store(store_url), Manifest.of(recipe, _models(recipe, widths, logit_scale))
     store.promise(manifest)
     columns = manifest.columns()
     report = RunReport(store_url, len(listed), 0)
@@ -65,7 +101,7 @@ def import_datacompdr(
                 report.already_there += 1
             else:
                 try:
-                    done = _import(store, columns, recipe, widths, told[shard.name], shard, max_invalid, pool)
+                    done = _import(store, columns, recipe, widths, source, shard, max_invalid, pool)
                 except (ShardError, ManifestMismatch) as error:
                     done = ShardReport(shard.name, error=str(error))
                 report.add(done, 1)
@@ -112,11 +148,11 @@ def _widths(recipe: Recipe, given: dict[str, int], whole: int) -> dict[str, int]
     return widths
 
 
-def _models(recipe: Recipe, widths: dict[str, int]) -> dict[str, dict[str, Any]]:
+def _models(recipe: Recipe, widths: dict[str, int], logit_scale: float) -> dict[str, dict[str, Any]]:
     """What is known of models that are not here."""
     return {
         "teachers": {
-            name: {"weights": "imported", "width": width, "logit_scale": LOGIT_SCALE} for name, width in widths.items()
+            name: {"weights": "imported", "width": width, "logit_scale": logit_scale} for name, width in widths.items()
         },
         "captioners": {name: {"weights": "imported"} for name in recipe.captioners},
     }
@@ -127,20 +163,20 @@ def _import(
     columns: list[Column],
     recipe: Recipe,
     widths: dict[str, int],
-    told: Shard,
+    source: Source,
     shard: Shard,
     max_invalid: float,
     pool: Executor,
 ) -> ShardReport:
     start = time.monotonic()
     stamp = shards.stamp(shard.url)
-    made = _Columns(recipe, widths, dict(_records(told)), _names(shard))
+    made = _Columns(recipe, widths, source.of_shard(shard), source.absent)
     room = Room(ROOM_BYTES)
-    for batch in batches(shard, made.rows, _AT_ONCE, recipe.num_original_captions > 0, pool, room):
+    for batch in batches(shard, made.rows, _AT_ONCE, recipe.caption_files, pool, room):
         made.take(batch, pool)
         del batch  # its pictures make room for the next
     rows = made.rows
-    error = made.enlarged(shard) or rows.refusal(shard.url, max_invalid)
+    error = (source.measured and made.enlarged(shard)) or rows.refusal(shard.url, max_invalid)
     report = ShardReport(shard.name, len(rows.keys), rows.quarantined, seconds=time.monotonic() - start, error=error)
     if error:
         return report
@@ -172,11 +208,8 @@ def _names(shard: Shard) -> dict[str, str]:
 class _Columns:
     """The columns of one shard, filled batch by batch of its images."""
 
-    def __init__(
-        self, recipe: Recipe, widths: dict[str, int], records: dict[str, Record], names: dict[str, str]
-    ) -> None:
-        """`records` by their names; `names` by the keys of the images, where these are others."""
-        self.recipe, self.widths, self.records, self.names = recipe, widths, records, names
+    def __init__(self, recipe: Recipe, widths: dict[str, int], record_of: RecordOf, absent: str) -> None:
+        self.recipe, self.widths, self.record_of, self.absent = recipe, widths, record_of, absent
         self.rows = Rows()
         self.found: dict[int, tuple[Record, list[str], np.ndarray]] = {}  # by row, with captions and pixel hashes
         self.reaches: list[float] = []
@@ -198,7 +231,7 @@ class _Columns:
             except ReplayError:
                 return None
 
-        records = [self._record(sample.key) for sample in batch.samples]
+        records = [self._record(sample, row) for sample, row in zip(batch.samples, batch.rows, strict=True)]
         hashed = pool.map(hashes, range(len(batch.rows)), records)
         for row, sample, record, pixels in zip(batch.rows, batch.samples, records, hashed, strict=True):
             if record is None or pixels is None:
@@ -259,9 +292,9 @@ class _Columns:
                 arrays[Column("text", name, teacher)] = spread(values, empty)
         return arrays
 
-    def _record(self, key: str) -> Record | None:
+    def _record(self, sample: Sample, row: int) -> Record | None:
         """That of an image, where there is one as large as the store's first."""
-        record = self.records.get(self.names.get(key, key))
+        record = self.record_of(sample, self.rows.sizes[row])
         return record if record and self._fits(record) else None
 
     def _fits(self, record: Record) -> bool:
@@ -275,6 +308,6 @@ class _Columns:
 
     def _leave_out(self, row: int, status: Status, key: str) -> None:
         rows = self.rows
-        why = "a crop is not within it" if status == Status.OTHER_SIZE else "no record of this key or uid"
+        why = "a crop is not within it" if status == Status.OTHER_SIZE else self.absent
         rows.details.setdefault(status, f"{key}: {why}")
         rows.statuses[row], rows.digests[row], rows.places[row] = status, 0, (0, 0)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from reinforce.config import ViewSet
+from reinforce.config import CaptionFiles, ViewSet
 from reinforce.data import augment, images, resize, shards
+from reinforce.data.notes import Notes
 from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import SampleError
 
@@ -38,6 +39,7 @@ class Rows:
     statuses: list[Status] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # height, width; 0, 0 where not decoded
     details: dict[Status, str] = field(default_factory=dict)  # of the first sample in quarantine for that reason
+    notes: Notes = field(default_factory=Notes)  # what is in the tar and is not used
 
     @property
     def quarantined(self) -> dict[str, int]:
@@ -45,8 +47,23 @@ class Rows:
         counts = Counter(status.reason for status in self.statuses if status != Status.GOOD)
         return dict(sorted(counts.items()))
 
+    def told(self) -> dict[str, Any]:
+        """What a report says of it (run/reports.py)."""
+        details = {status.reason: detail for status, detail in sorted(self.details.items())}
+        return {
+            "read": len(self.keys),
+            "quarantined": self.quarantined,
+            "noted": dict(sorted(self.notes.counts.items())),
+            "first": details | dict(sorted(self.notes.first.items())),
+        }
+
     def refusal(self, url: str, max_invalid: float) -> str:
-        """Why a shard with so many bad samples is not written, or nothing."""
+        """Why a shard with so many bad samples, or with none at all, is not written; or nothing."""
+        if not self.keys:
+            found = "; ".join(self.notes.told()) or "it is empty"
+            return (
+                f"{url} holds no sample, that is KEY.jpg and KEY.txt side by side; repair it or leave it out: {found}"
+            )
         num_bad = sum(self.quarantined.values())
         if num_bad <= max_invalid * len(self.keys):
             return ""
@@ -54,6 +71,8 @@ class Rows:
             f"{self.quarantined[status.reason]} are {status.reason}, as {detail}"
             for status, detail in sorted(self.details.items())
         )
+        if len(self.details) == 1 and num_bad == len(self.keys):
+            reasons = f"all are {reasons.partition(' are ')[2]}"
         return (
             f"{num_bad} of {len(self.keys)} samples are invalid, more than max_invalid={max_invalid:g} allows; repair "
             f"{url} or raise --max-invalid: {reasons}"
@@ -125,7 +144,7 @@ def batches(
     shard: Shard,
     rows: Rows,
     batch_size: int,
-    captioned: bool,
+    files: CaptionFiles | None,
     pool: Executor,
     room: Room,
     keep: bool = True,
@@ -141,7 +160,7 @@ def batches(
         return _decoded(sample, room.keep if keep else lambda picture: None, see)
 
     batch = Batch()
-    samples = shards.read(shard, captioned)
+    samples = shards.read(shard, files, rows.notes)
     while group := list(islice(samples, batch_size)):
         for sample, found in zip(group, pool.map(decode, group), strict=True):
             if found.status != Status.GOOD:

@@ -8,8 +8,10 @@ from reinforce.lines import plain, without_secrets
 
 @dataclass(frozen=True)
 class ShardReport:
-    """One shard: read = valid + the sum of quarantined. `error` says why nothing of it was written. `embedding_loss`:
-    by teacher what int8 lost (store/packing.py)."""
+    """One shard: read = valid + the sum of quarantined. `noted` counts what is in its tar and not used
+    (data/notes.py); `first` says of each reason and each note where it came first, and what to do. `error` says why
+    nothing of it was written, `final` that another try would find the same. `embedding_loss`: by teacher what int8 lost
+    (store/packing.py)."""
 
     shard: str
     read: int = 0
@@ -18,6 +20,9 @@ class ShardReport:
     columns_written: int = 0
     seconds: float = 0.0
     error: str = ""
+    final: bool = False
+    noted: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
     embedding_loss: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -27,13 +32,16 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class Failure:
-    """A shard that is still not whole after so many tries. `quarantined` counts its bad samples by reason, where it was
-    read to its end."""
+    """A shard that is still not whole after so many tries. `quarantined` and `noted` count its bad samples and what is
+    not used, where it was read to its end; `first` and `final` as in ShardReport."""
 
     shard: str
     attempts: int
     reason: str
     quarantined: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    final: bool = True
 
     def __post_init__(self) -> None:
         """What a library said of an address has no secrets here."""
@@ -42,8 +50,8 @@ class Failure:
 
 @dataclass
 class RunReport:
-    """One run. `samples`, `valid`, `quarantined` count the shards committed in it. `embedding_loss`: by teacher the
-    largest loss of a shard."""
+    """One run. `samples`, `valid`, `quarantined`, `noted` count the shards committed in it; `first` as in ShardReport.
+    `embedding_loss`: by teacher the largest loss of a shard."""
 
     store: str
     shards: int
@@ -52,6 +60,8 @@ class RunReport:
     samples: int = 0
     valid: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
     empty_captions: int = 0
     failed: list[Failure] = field(default_factory=list)
     workers_lost: int = 0
@@ -61,13 +71,16 @@ class RunReport:
     def add(self, report: ShardReport, attempts: int) -> None:
         """Count a shard's last report."""
         if report.error:
-            self.failed.append(Failure(report.shard, attempts, report.error, report.quarantined))
+            told = report.quarantined, report.noted, report.first, report.final
+            self.failed.append(Failure(report.shard, attempts, report.error, *told))
             return
         self.done += 1
         self.samples += report.read
         self.valid += report.valid
         self.empty_captions += report.empty_captions
         self.quarantined = dict(sorted((Counter(self.quarantined) + Counter(report.quarantined)).items()))
+        self.noted = dict(sorted((Counter(self.noted) + Counter(report.noted)).items()))
+        self.first = report.first | self.first
         for teacher, lost in report.embedding_loss.items():
             most = self.embedding_loss.get(teacher, lost)
             self.embedding_loss[teacher] = max(lost, most, key=lambda of: of["kl"])

@@ -12,12 +12,13 @@ from PIL import Image
 from reinforce.config import ORIGINAL
 from reinforce.data import augment
 from reinforce.data.shards import Shard
-from reinforce.errors import ManifestMismatch, ShardError
+from reinforce.errors import ManifestMismatch
 from reinforce.models.ensemble import Answers
 from reinforce.run.batches import Batch, Rows, Seen, View, ahead, views
 from reinforce.run.loaded import Loaded
 from reinforce.store.columns import DIGEST, IDENTITY, KEY, PLACE, STATUS, Column
 from reinforce.store.packing import MEASURED, loss
+from reinforce.store.refused import accept, refuse
 from reinforce.store.store import Store, identity, said_of
 
 
@@ -29,14 +30,27 @@ class ShardWork:
     ) -> None:
         """`promise` is asked for before the first column is written: Store.promise."""
         self.loaded, self.recipe, self.store, self.shard, self.promise = loaded, loaded.recipe, store, shard, promise
-        self.wanted = store.missing(shard.name, columns)
-        self.committed = set(columns) - set(self.wanted)
+        missing = store.missing(shard.name, columns)
+        self.committed = set(columns) - set(missing)
+        # Captions are imported when a shard's keys are there: what needs them waits.
+        self.awaited = {
+            column.set for column in missing if column.part == "caption" and column.set in self.recipe.texts
+        }
+        self.wanted = [column for column in missing if not (column.kind == "text" and column.set in self.awaited)]
         self.rows = Rows()
         self.good: list[int] = []
         self.answers: dict[Column, dict[int, list[np.ndarray]]] = {column: {} for column in self.wanted}
         self._read: dict[Column, np.ndarray] = {}
         self.empty_captions = 0
         self.lost: dict[str, dict[str, float]] = {}
+
+    def lacks(self) -> str:
+        """Which captions it waits for, or nothing."""
+        sets = ", ".join(f"'{name}'" for name in sorted(self.awaited))
+        return sets and (
+            f"{self.shard.name} has no captions of {sets} yet; all that needs none is there: import them with "
+            "`clip-reinforce import captions`, and go on with `clip-reinforce extend`"
+        )
 
     def see(self, picture: Image.Image) -> Seen:
         """What the captioners that are wanted see of a picture: uint8 (side, side, 3)."""
@@ -83,7 +97,12 @@ class ShardWork:
                     raise self._other_tar("another run has just reinforced another tar of that name")
                 if column.part == "caption":
                     return False
+        accept(self.store.objects, self.shard.name)
         return True
+
+    def refuse(self, why: str) -> None:
+        """Leave a note of what is wrong with the samples; nothing else is written."""
+        refuse(self.store.objects, self.shard.name, {"why": why} | self.rows.told())
 
     def _known(self, column: Column) -> np.ndarray:
         if column == KEY:
@@ -112,6 +131,9 @@ class ShardWork:
     def _original_captions(self, batch: Batch) -> list[list[str]]:
         """C lists of n captions."""
         num = self.recipe.num_original_captions
+        for sample in batch.samples if num else []:
+            if len(sample.captions) < num:
+                self.rows.notes.add("fewer_captions", sample.key)
         return [list(row) for row in zip(*(sample.repeated(num) for sample in batch.samples), strict=True)]
 
     def _captions(self, name: str, batch: Batch) -> list[list[str]]:
@@ -119,10 +141,6 @@ class ShardWork:
         column = Column("text", name, "caption")
         if column in self.committed:
             return [list(row) for row in self._stored(column)[:, batch.rows]]
-        if name not in self.loaded.captioners:
-            raise ShardError(
-                f"{self.shard.name} has no captions of '{name}' yet: `clip-reinforce import captions` writes them"
-            )
         keys = [sample.key for sample in batch.samples]
         pixels = np.stack([seen[name] for seen in batch.seen])
         captions = self.loaded.captioners[name].caption(pixels, self.recipe.seed, name, keys)

@@ -67,10 +67,11 @@ class Worker:
         start = time.monotonic()
         stamp = shards.stamp(shard.url)
         work = ShardWork(self.loaded, self.store, self.columns, shard, self.promise)
-        captioned = self.recipe.num_original_captions > 0
+        if work.awaited and not work.wanted:
+            return ShardReport(shard.name, error=work.lacks(), final=True)
         with ThreadPoolExecutor(self.loaded.threads) as pool:
-            room, keep = self.loaded.room, not self.loaded.view_processes
-            found = batches(shard, work.rows, self.recipe.batch_size, captioned, pool, room, keep, work.see)
+            room, keep, files = self.loaded.room, not self.loaded.view_processes, self.recipe.caption_files
+            found = batches(shard, work.rows, self.recipe.batch_size, files, pool, room, keep, work.see)
             ready = ahead(found, 2, room)
             try:
                 with self._models:
@@ -80,12 +81,16 @@ class Worker:
             except (ShardError, ManifestMismatch) as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try
-                return ShardReport(shard.name, error=str(error), seconds=time.monotonic() - start)
+                if isinstance(error, ShardError):
+                    work.refuse(str(error))
+                return ShardReport(shard.name, error=str(error), final=True, seconds=time.monotonic() - start)
             except RuntimeError as error:
                 if fault := device_fault(error):
                     raise fault from error
                 raise
-        refusal = work.rows.refusal(shard.url, self.options.max_invalid)
+        refusal, final = work.rows.refusal(shard.url, self.options.max_invalid), True
+        if refusal:
+            work.refuse(refusal)
         try:
             if not refusal and not work.commit(stamp):
                 return self.reinforce(shard)  # another writer's captions were first: embed those
@@ -96,14 +101,15 @@ class Worker:
                 raise
             # To compute it all again, as for another fault, would only find the disk full again.
             refusal = f"no room for its columns in {self.store.url} ({error.strerror}); free some, and run again"
+            final = False
         return ShardReport(
             shard.name,
-            read=len(work.rows.keys),
-            quarantined=work.rows.quarantined,
+            **work.rows.told(),
             empty_captions=work.empty_captions,
             columns_written=0 if refusal else len(work.wanted),
             seconds=time.monotonic() - start,
-            error=refusal,
+            error=refusal or work.lacks(),
+            final=final if refusal else bool(work.lacks()),
             embedding_loss={} if refusal else work.lost,
         )
 

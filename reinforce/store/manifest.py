@@ -18,6 +18,8 @@ from reinforce.store.columns import FORMAT_VERSION, Column, class_columns, colum
 
 LATER = ("architecture", "preprocessing", "vocabulary")  # what format 1 did not say of a model
 PATHS = ("model", "pretrained", "prompts")  # of a teacher or captioner in a recipe: where it lies, not what it is
+# What recipes did not say before it could be asked for, and still do not where it is not asked for.
+_AT_FIRST = {"texts": {}, "embeddings": "bf16", "caption_keys": ["caption", "captions"], "caption_lines": False}
 _SOFTWARE = ("torch", "open_clip_torch", "pillow", "numpy", "zarr", "numcodecs")
 
 
@@ -83,6 +85,7 @@ class Manifest:
         its promises about the others. (The tar, too, decides: `Store.commit` takes its identity.)"""
         recipe, models = self.recipe, self.models
         parts: list[Any] = [self.format_version, str(column), bool(recipe.get("num_original_captions", 1))]
+        parts += [recipe[name] for name in ("caption_keys", "caption_lines") if name in recipe]
         if column.kind == "view":
             parts += [recipe["seed"], recipe["view_sets"][column.set]]
         elif column.kind == "class":
@@ -158,13 +161,12 @@ class Manifest:
 
 
 def _as_before(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Without what a recipe does not ask for, as manifests were written before it could be asked for: imported texts,
-    packed embeddings, teachers that see images of another size."""
+    """Without what a recipe does not ask for, as manifests were written before it could be asked for."""
     teachers = {
         name: {k: v for k, v in of.items() if (k, v) != ("image_px", None)} for name, of in recipe["teachers"].items()
     }
     asked = recipe | {"teachers": teachers}
-    return {name: node for name, node in asked.items() if (name, node) not in (("texts", {}), ("embeddings", "bf16"))}
+    return {name: node for name, node in asked.items() if name not in _AT_FIRST or node != _AT_FIRST[name]}
 
 
 def _unlabelled(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _pathless(recipe: dict[str, Any]) -> dict[str, Any]:
     of_models = {
         kind: {name: _settings(of) for name, of in recipe[kind].items()} for kind in ("teachers", "captioners")
     }
-    return {"embeddings": "bf16"} | _unlabelled(recipe) | of_models
+    return _AT_FIRST | _unlabelled(recipe) | of_models
 
 
 def _settings(model: dict[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,16 @@ def num_base(num_classes: int) -> int:
 
 def base_to_novel(image_features: Tensor, labels: Tensor, class_features: Tensor) -> Metrics:
     """(N, D) images with `labels` (N,) in 0..C-1, (C, D) classes of unit norm -> shares from 0 to 1: top-1 of all among
-    all (`top1`), of `base` among base, of `novel` among novel, and `hm`, the harmonic mean of the last two. If a half
+    all (`acc1`), of `base` among base, of `novel` among novel, and `hm`, the harmonic mean of the last two. If a half
     has no images, its score and `hm` are left out."""
     first = num_base(len(class_features))
-    metrics = {"top1": zeroshot(image_features, labels, class_features)["top1"]}
+    metrics = {"acc1": zeroshot(image_features, labels, class_features)["acc1"]}
     for name, rows, low, classes in (
         ("base", labels < first, 0, class_features[:first]),
         ("novel", labels >= first, first, class_features[first:]),
     ):
         if rows.any():
-            metrics[name] = zeroshot(image_features[rows], labels[rows] - low, classes)["top1"]
+            metrics[name] = zeroshot(image_features[rows], labels[rows] - low, classes)["acc1"]
     if "base" in metrics and "novel" in metrics:
         metrics["hm"] = harmonic_mean(metrics["base"], metrics["novel"])
     return metrics | {"num": len(labels)}

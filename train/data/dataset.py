@@ -52,6 +52,7 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
     teachers, text_sets: names of the store; all, if None. A caption is of one text set, drawn for each sample.
     rank, world_size: those of torch.distributed, or 0 of 1, if None.
     streams: places of the epoch's order that are read at once, of all ranks together; a batch mixes so many shards.
+    cache_dir, cache_bytes: where remote tars are copied to, and what these copies may take (reinforce/data/copies.py).
 
     `logit_scales` has each teacher's multiplier of similarities.
     Raises ConfigError and StoreError when made; ManifestMismatch, ReplayError and ShardError, when iterated, where a
@@ -76,6 +77,7 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
         world_size: int | None = None,
         streams: int = 8,
         cache_dir: str | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         is_distributed = dist.is_available() and dist.is_initialized()
         self.rank = rank if rank is not None else dist.get_rank() if is_distributed else 0
@@ -93,6 +95,7 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
             "global_batch_size": batch_size * self.world_size,
             "streams": streams,
             "cache_dir": cache_dir,
+            "cache_bytes": cache_bytes,
         }
         if batch_size * self.world_size % streams:
             raise ConfigError(

@@ -7,31 +7,32 @@ A source has `good_rows` (of each shard, the rows that can be used), `num_skippe
 """
 
 import hashlib
+import logging
 import os
-import tempfile
-import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
-import fsspec
 import numpy as np
 
 from reinforce.config import ORIGINAL
 from reinforce.data import augment, draws, images, shards
-from reinforce.data.remote import as_os_errors
+from reinforce.data.copies import Copy, local_copy
+from reinforce.data.notes import HARMLESS, Notes
 from reinforce.data.shards import Place, Shard, Status
-from reinforce.errors import ConfigError, ManifestMismatch, SampleError, ShardError
+from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, SampleError
 from reinforce.progress import Progress
 from reinforce.store.columns import DIGEST, KEY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
+from reinforce.store.refused import refusal, refused
 from reinforce.store.store import Store, identity
 from train.config import TrainConfig
 from train.data.order import GoodRows
 
 MIX = "mix"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Opened:
     image_targets: dict[str, np.ndarray]
     text_targets: dict[str, dict[str, np.ndarray]]
     digests: np.ndarray | None = None
+    copy: Copy | None = None  # holds what lies at `path`, if that is a copy, as long as this is used
 
     def place(self, row: int) -> Place:
         return Place(self.keys[row], *self.places[row].tolist())
@@ -124,7 +126,8 @@ class StoreSource:
 
     def open(self, shard: str, epoch: int) -> Opened:
         """Raises ManifestMismatch where the tar is not the one that was reinforced, NotCommitted, Corrupt."""
-        path = local_copy(self._shards[shard].url, self._config.cache_dir)
+        copy = local_copy(self._shards[shard].url, self._config.cache_dir, self._config.cache_bytes)
+        path = copy.path
         keys = self._store.read(shard, "key").tolist()
         digests = self._store.read(shard, "digest") if self._has_digests else None
         data = None if digests is None else identity(keys, digests)
@@ -153,6 +156,7 @@ class StoreSource:
             {t: read(f"{view}/{t}", view_index) for t in self.teachers},
             text_targets,
             digests,
+            copy,
         )
 
     def _located(self, shard: str, path: str, keys: list[str]) -> np.ndarray:
@@ -166,7 +170,15 @@ class StoreSource:
 
     def _good_rows(self, shard: Shard) -> GoodRows:
         """Where all samples are good, the column need not be read: its metadata say so."""
-        about = self._store.attributes(shard.name, STATUS)
+        try:
+            about = self._store.attributes(shard.name, STATUS)
+        except NotCommitted:
+            if shard.name not in refused(self._store.objects):
+                raise
+            why = refusal(self._store.objects, shard.name)["why"]
+            raise NotCommitted(
+                f"{self._store.url} lacks {shard.name}, which was refused; leave it out: {why}"
+            ) from None
         if "num_good" in about and about["num_good"] == about["rows"]:
             return GoodRows(about["rows"])
         return GoodRows.of(self._store.read(shard.name, STATUS) == Status.GOOD)
@@ -208,28 +220,34 @@ class PlainSource:
         self.teachers: dict[str, TeacherFacts] = {}
         self.text_sets = [ORIGINAL]
         self.good_rows, self._sizes, self._captions = {}, {}, {}
-        self.num_skipped, reasons = 0, dict[str, str]()
+        self.num_skipped, skipped, first, notes = 0, Counter[str](), dict[str, str](), Notes()
         with (
             Progress(len(listed), "shard", title="looking at the tars") as progress,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
             for shard in listed:
-                samples = list(pool.map(_looked_at, shards.read(shard)))
+                samples = list(pool.map(_looked_at, shards.read(shard, config.caption_files, notes)))
                 sizes = np.array([size for size, *_ in samples], dtype=np.int32).reshape(-1, 2)
                 self._sizes[shard.name] = sizes
                 self._captions[shard.name] = [captions for _, captions, _ in samples]
                 for reason, detail in (fault for *_, fault in samples if fault):
-                    reasons.setdefault(reason, detail)
+                    skipped[reason] += 1
+                    first.setdefault(reason, detail)
                 self.good_rows[shard.name] = GoodRows.of(sizes[:, 0] > 0)
                 self.num_skipped += len(sizes) - len(self.good_rows[shard.name])
                 progress.add()
+        told = "; ".join(
+            [f"{num} {reason}, as {first[reason]}" for reason, num in sorted(skipped.items())] + notes.told()
+        )
         if not any(map(len, self.good_rows.values())):
-            told = "; ".join(f"{reason}, as {detail}" for reason, detail in reasons.items())
             raise ConfigError(f"{config.shards}: of {self.num_skipped} samples none can be used: {told}")
+        if skipped or notes.counts.keys() - HARMLESS:
+            log.warning("%s: not all is used: %s", config.shards, told)
         self.fingerprint = fingerprint("tars alone", self.good_rows)
 
     def open(self, shard: str, epoch: int) -> Opened:
-        path = local_copy(self._shards[shard].url, self._config.cache_dir)
+        copy = local_copy(self._shards[shard].url, self._config.cache_dir, self._config.cache_bytes)
+        path = copy.path
         located, sizes, views = shards.locate(path), self._sizes[shard], self._config.fresh_views
         keys = [place.key for place in located]
         params = np.full((len(keys), len(augment.fields(views))), np.nan, np.float32)
@@ -237,36 +255,11 @@ class PlainSource:
             size = (int(sizes[row, 0]), int(sizes[row, 1]))
             params[row] = augment.draw(views, self._config.seed, "train", keys[row], epoch, size)
         texts = [captions[epoch % len(captions)] if captions else "" for captions in self._captions[shard]]
-        return Opened(path, keys, _places(located), sizes, params, {ORIGINAL: texts}, {}, {})
+        return Opened(path, keys, _places(located), sizes, params, {ORIGINAL: texts}, {}, {}, copy=copy)
 
 
 def _places(located: list[Place]) -> np.ndarray:
     return np.array([(place.offset, place.length) for place in located], np.int64).reshape(-1, 2)
-
-
-def local_copy(url: str, cache_dir: str | None) -> str:
-    """The path of a local tar; of a remote one, that of its copy, which is fetched the first time and stays.
-
-    Raises ShardError where it cannot be fetched.
-    """
-    if fsspec.utils.get_protocol(url) in ("file", "local"):
-        return url
-    folder = Path(cache_dir or Path(tempfile.gettempdir()) / "clip-reinforce")
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{uuid.uuid4().hex}")  # another process may be fetching it as well
-        try:
-            with as_os_errors():
-                files, remote = fsspec.core.url_to_fs(url)
-                files.get_file(remote, str(partial))
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise ShardError(
-                f"{url}: cannot be fetched to {folder}: {error}; check the address, your access and the room there"
-            ) from error
-    return str(path)
 
 
 def fingerprint(whole: str, good_rows: dict[str, GoodRows]) -> str:

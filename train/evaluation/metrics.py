@@ -3,7 +3,7 @@
 A tie counts as a miss, so that a model which gives everything the same embedding scores 0 and not 1.
 
 Protocols: CLIP's (Radford et al. 2021, arXiv 2103.00020, section 3.1) for classes, with the mean of its templates'
-embeddings; recall at k as CLIP_benchmark counts it for captions.
+embeddings; recall at k as CLIP_benchmark counts it for captions. The names are CLIP_benchmark's, too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reinforce.models.pixels import Normaliser
-from train.evaluation.sets import EvalSet, Loaded
+from train.evaluation.sets import EvalSet
 
 BLOCK_ROWS = 1024  # of similarities held at once
 RECALLS = (1, 5, 10)
@@ -51,7 +51,7 @@ def evaluate(
             loaded = eval_set.load(student.preprocess_cfg)
             features = embed_images(student, loaded.images, batch_size, precision)
             if eval_set.prompts is None:
-                metrics = _retrieval(student, loaded, features, batch_size, precision)
+                metrics = retrieval_of(student, features, loaded.truth, batch_size, precision)
             else:
                 classes = embed_classes(student, eval_set.prompts, batch_size, precision)
                 metrics = zeroshot(features, torch.tensor(loaded.truth), classes, eval_set.coarse)
@@ -64,40 +64,61 @@ def zeroshot(
 ) -> Metrics:
     """Classification by the nearest class: (N, D) images with `labels` (N,) in 0..C-1, (C, D) classes, unit norm.
 
-    `top1`, `top5` (with more than 5 classes only) and `mean_per_class`, the mean of top-1 over the classes that have
-    images, are shares from 0 to 1; `num` is N. Where `coarse` names the group of each class, `coarse_top1` is the share
-    of images whose nearest class is of the right group.
+    `acc1`, `acc5` (with more than 5 classes only) and `mean_per_class_recall`, the mean of acc1 over the classes that
+    have images, are shares from 0 to 1; `num` is N. Where `coarse` names the group of each class, `coarse_acc1` is the
+    share of images whose nearest class is of the right group.
     """
     classes = torch.arange(len(class_features), device=labels.device)
     num_before = _num_before(image_features, class_features, labels, classes)
     right = num_before < 1
     num_of_class = labels.bincount()
     share_of_class = labels[right].bincount(minlength=len(num_of_class)).double() / num_of_class
-    top5 = {"top5": _share(num_before < 5)} if len(class_features) > 5 else {}
-    mean_per_class = share_of_class[num_of_class > 0].mean().item()
+    acc5 = {"acc5": _share(num_before < 5)} if len(class_features) > 5 else {}
+    recall = share_of_class[num_of_class > 0].mean().item()
     of_groups = {}
     if coarse:
         names = sorted(set(coarse))
         group = torch.tensor([names.index(name) for name in coarse], device=labels.device)
-        of_groups["coarse_top1"] = _share(_num_before(image_features, class_features, group[labels], group) < 1)
-    return {"top1": _share(right)} | top5 | of_groups | {"mean_per_class": mean_per_class, "num": len(labels)}
+        of_groups["coarse_acc1"] = _share(_num_before(image_features, class_features, group[labels], group) < 1)
+    return {"acc1": _share(right)} | acc5 | of_groups | {"mean_per_class_recall": recall, "num": len(labels)}
 
 
 def retrieval(image_features: Tensor, text_features: Tensor, text_owner: Tensor) -> Metrics:
     """Recall both ways: (N, D) images and (M, D) texts, unit norm; text j is a caption of image `text_owner[j]`, and
     every image has one.
 
-    `image_to_text_rK` is the share of images with at least one of their captions among the K nearest texts;
-    `text_to_image_rK` the share of texts with their image among the K nearest. K is 1, 5 and 10.
+    `text_retrieval_recall@K` is the share of images with at least one of their captions among the K nearest texts;
+    `image_retrieval_recall@K` the share of texts with their image among the K nearest. K is 1, 5 and 10.
     """
     image_id = torch.arange(len(image_features), device=text_owner.device)
     to_text = _num_before(image_features, text_features, image_id, text_owner)
     to_image = _num_before(text_features, image_features, text_owner, image_id)
     return (
-        {f"image_to_text_r{k}": _share(to_text < k) for k in RECALLS}
-        | {f"text_to_image_r{k}": _share(to_image < k) for k in RECALLS}
+        {f"text_retrieval_recall@{k}": _share(to_text < k) for k in RECALLS}
+        | {f"image_retrieval_recall@{k}": _share(to_image < k) for k in RECALLS}
         | {"num_images": len(image_features), "num_texts": len(text_features)}
     )
+
+
+def worst_group(image_features: Tensor, labels: Tensor, class_features: Tensor, groups: Tensor, k: int) -> float:
+    """The least share, over the groups that have images, of images whose class is among the `k` nearest (WILDS).
+    `groups` (N,) are whole numbers from 0 on; the others as for `zeroshot`."""
+    classes = torch.arange(len(class_features), device=labels.device)
+    right = _num_before(image_features, class_features, labels, classes) < k
+    num_of_group = groups.bincount()
+    shares = groups[right].bincount(minlength=len(num_of_group)).double() / num_of_group
+    return shares[num_of_group > 0].min().item()
+
+
+def macro_f1(image_features: Tensor, labels: Tensor, class_features: Tensor) -> float:
+    """The mean of F1 = 2 right / (given + true) over the classes that have images (WILDS); arguments as for
+    `zeroshot`."""
+    parts = (image_features[i : i + BLOCK_ROWS] for i in range(0, len(image_features), BLOCK_ROWS))
+    given = torch.cat([(part @ class_features.T).argmax(1) for part in parts])
+    num = len(class_features)
+    of_class = labels.bincount(minlength=num)
+    right = labels[given == labels].bincount(minlength=num)
+    return (2 * right.double() / (given.bincount(minlength=num) + of_class))[of_class > 0].mean().item()
 
 
 @torch.no_grad()
@@ -138,10 +159,13 @@ def embed_classes(
     return F.normalize(by_class.mean(1), dim=-1)
 
 
-def _retrieval(student: Embedder, loaded: Loaded, features: Tensor, batch_size: int, precision: Precision) -> Metrics:
-    texts = [caption for captions in loaded.truth for caption in captions]
-    owner = torch.tensor([i for i, captions in enumerate(loaded.truth) for _ in captions])
-    return retrieval(features, embed_texts(student, texts, batch_size, precision), owner)
+def retrieval_of(
+    student: Embedder, image_features: Tensor, captions: Sequence[Sequence[str]], batch_size: int, precision: Precision
+) -> Metrics:
+    """`retrieval` of embedded images and of the captions of each."""
+    owner = torch.tensor([i for i, of_it in enumerate(captions) for _ in of_it])
+    texts = embed_texts(student, [caption for of_it in captions for caption in of_it], batch_size, precision)
+    return retrieval(image_features, texts, owner)
 
 
 def _num_before(x: Tensor, y: Tensor, x_id: Tensor, y_id: Tensor) -> Tensor:

@@ -6,18 +6,21 @@ A set is a folder in CLIP_benchmark's layout, local or an fsspec URL,
     zeroshot_classification_templates.txt   one template per line, `{c}` or `{}` where the class goes
     coarse_classnames.txt                   ours, may be absent: line i names the group that class i is of
     dataset_type.txt                        `retrieval`; absent, or `classification`, for classes
-    test/nshards.txt, test/0.tar, ...       image and `.cls`, or image and `.txt` with one caption per line
+    test/nshards.txt, test/0.tar, ...       image and `.cls` (or `.json` with a label), or image and `.txt` with one
+                                            caption per line
 
 or the tars of a training set, with all captions that `reinforce.data.shards.read` gives. A folder without templates is
 evaluated with OpenAI's 80 for ImageNet.
 """
 
+import io
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
@@ -28,17 +31,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reinforce.data import images, shards
-from reinforce.data.remote import as_os_errors
+from reinforce.config import CAPTION_FILES, CaptionFiles
+from reinforce.data import captions, images, shards
 from reinforce.data.shards import Sample, Shard, Status
-from reinforce.errors import ConfigError, MissingExtra, SampleError
+from reinforce.errors import ConfigError, SampleError
 from reinforce.models.open_clip import open_clip
+from train.evaluation.folder import NSHARDS, Folder
 
 CLASSNAMES = "classnames.txt"
 COARSE = "coarse_classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
-NSHARDS = "nshards.txt"
 _AT_ONCE = 256  # files that are read before their pictures are decoded
 
 log = logging.getLogger(__name__)
@@ -58,12 +61,16 @@ class Loaded(Generic[T]):
 class EvalSet:
     """One evaluation set. Opening it reads the small files; `load` reads the tars.
 
-    `split` takes the place of `test` above. `prompts` are the texts of each class of `classnames`; both are None if the
-    images have captions. `coarse` is the group of each class, None where nothing is said of groups. Raises ConfigError
-    if something is missing or contradictory, MissingExtra if the URL needs a package that is not installed.
+    `split` takes the place of `test` above. `files`: how captions lie in tars that are no folder's. `prompts` are the
+    texts of each class of `classnames`; both are None if the images have captions. `coarse` is the group of each class,
+    None where nothing is said of groups. With `grouped` the truth of an image with a class is its label and its group,
+    the first number of its `npy`. Raises ConfigError if something is missing or contradictory, MissingExtra if the URL
+    needs a package that is not installed.
     """
 
-    def __init__(self, url: str, split: str = "test") -> None:
+    def __init__(
+        self, url: str, split: str = "test", files: CaptionFiles = CAPTION_FILES, grouped: bool = False
+    ) -> None:
         self.url = url.rstrip("/")
         self.classnames: list[str] | None = None
         self.prompts: list[list[str]] | None = None
@@ -71,17 +78,17 @@ class EvalSet:
         self._kept: tuple[dict[str, Any], Loaded] | None = None
         if url.endswith(".tar"):
             self._shards = shards.expand(url)
-            self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = _captioned
+            self._read: Callable[[Shard], Iterator[tuple[Sample, Any]]] = partial(_captioned, files=files)
             return
-        folder = _Folder(self.url)
-        self._shards = _shards(folder, split)
+        folder = Folder(self.url)
+        self._shards = folder.shards(split)
         kind = (folder.text(TYPE) or "classification").strip().lower()
         if kind == "retrieval":
             self._read = _captioned_by_line
         elif kind == "classification":
             self.classnames, self.prompts = _prompts(folder)
             self.coarse = _coarse(folder, len(self.classnames))
-            self._read = partial(_labelled, num_classes=len(self.prompts))
+            self._read = partial(_labelled, num_classes=len(self.prompts), grouped=grouped)
         else:
             raise ConfigError(f"{self.url}/{TYPE}: says '{kind}'; write classification or retrieval")
 
@@ -97,32 +104,40 @@ class EvalSet:
         names no class of the set, or if no sample is left; ShardError if a tar cannot be read.
         """
         if self._kept is None or self._kept[0] != preprocess_cfg:
-            self._kept = preprocess_cfg, self._load(preprocess_cfg)
+            [loaded] = self.parts(preprocess_cfg, sys.maxsize)
+            self._kept = preprocess_cfg, loaded
         return self._kept[1]
 
-    def _load(self, preprocess_cfg: dict[str, Any]) -> Loaded:
+    def parts(self, preprocess_cfg: dict[str, Any], rows: int) -> Iterator[Loaded]:
+        """What `load` gives, `rows` images at a time, for a set that is larger than memory. Raises as `load` does."""
         cfg = open_clip.transform.PreprocessCfg(**preprocess_cfg)
         # The last two steps turn uint8 into float32 and normalise: `embed_images` does both, batch by batch.
         shape = open_clip.transform.image_transform_v2(cfg, is_train=False).transforms[:-2]
-        pixels, truth, skipped = list[Tensor](), list[Any](), Counter[str]()
+        part, skipped, first, num = Loaded[Any]([], [], 0), Counter[str](), dict[str, str](), 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = chain.from_iterable(map(self._read, self._shards))
-            while group := list(islice(rows, _AT_ONCE)):  # the pool itself would read ahead without limit
+            samples = chain.from_iterable(map(self._read, self._shards))
+            while group := list(islice(samples, _AT_ONCE)):  # the pool itself would read ahead without limit
                 for picture, of_it in pool.map(partial(_pixels, shape), group):
-                    if isinstance(picture, Status):
-                        skipped[picture.reason] += 1
-                    else:
-                        pixels.append(picture)
-                        truth.append(of_it)
-        reasons = ", ".join(f"{reason} {num}" for reason, num in skipped.most_common())
-        if not pixels:
+                    if isinstance(picture, SampleError):
+                        reason = Status(picture.status).reason
+                        skipped[reason] += 1
+                        first.setdefault(reason, picture.message)
+                        continue
+                    if len(part.images) == rows:
+                        yield part
+                        part = Loaded([], [], 0)
+                    part.images.append(picture)
+                    part.truth.append(of_it)
+                    num += 1
+        reasons = ", ".join(f"{reason} {times}" for reason, times in skipped.most_common())
+        reasons += "".join(f"; {told}" for told in first.values())
+        if not num:
             raise ConfigError(
                 f"{self.url}: no sample to evaluate on ({reasons or 'its tars are empty'}); check the set"
             )
         if skipped:
-            num = len(pixels) + skipped.total()
-            log.warning("%s: %d of %d samples skipped: %s", self.url, skipped.total(), num, reasons)
-        return Loaded(pixels, truth, skipped.total())
+            log.warning("%s: %d of %d samples skipped: %s", self.url, skipped.total(), num + skipped.total(), reasons)
+        yield replace(part, num_skipped=skipped.total())
 
 
 def write_classification_set(
@@ -158,57 +173,7 @@ def write_classification_set(
         file.write(f"{num_shards}\n")
 
 
-class _Folder:
-    def __init__(self, url: str) -> None:
-        self.url = url
-        try:
-            self.files, self.path = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            raise MissingExtra(f"{url}: {error}") from None
-        except ValueError as error:
-            raise ConfigError(f"{url}: {error}; give a folder, or tars as 'DIR/*.tar'") from None
-
-    def text(self, name: str) -> str | None:
-        """The text of a file, None where there is none."""
-        try:
-            with as_os_errors():
-                data: bytes = self.files.cat_file(f"{self.path}/{name}")
-            return data.decode("utf-8-sig")
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.url}/{name}: cannot be read: {error}") from error
-
-    def lines(self, name: str) -> list[str] | None:
-        text = self.text(name)
-        return None if text is None else [line.strip() for line in text.rstrip().splitlines()]
-
-    @as_os_errors()
-    def exists(self, name: str) -> bool:
-        return bool(self.files.exists(f"{self.path}/{name}"))
-
-
-def _shards(folder: _Folder, split: str) -> list[Shard]:
-    where = f"{folder.url}/{split}/{NSHARDS}"
-    text = folder.text(f"{split}/{NSHARDS}")
-    if text is None:
-        raise ConfigError(
-            f"{where}: not found; an evaluation set is a folder in CLIP_benchmark's layout, or tars as 'DIR/*.tar'"
-        )
-    if text.lstrip().startswith("<"):
-        raise ConfigError(f"{where} is a page about the file; of a repository on Hugging Face give .../resolve/main")
-    if not text.strip().isdecimal() or int(text) == 0:
-        raise ConfigError(f"{where}: says '{text.strip()[:40]}'; it has to be the number of tars beside it")
-    num = int(text)
-    absent = next((i for i in range(num) if not folder.exists(f"{split}/{i}.tar")), None)
-    if absent is not None:
-        raise ConfigError(f"{where}: says {num}, and {absent}.tar is not there; add it, or correct the number")
-    if folder.exists(f"{split}/{num}.tar"):
-        raise ConfigError(f"{where}: says {num}, and {num}.tar is there as well; remove it, or correct the number")
-    return [Shard(str(i), f"{folder.url}/{split}/{i}.tar") for i in range(num)]
-
-
-def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
+def _prompts(folder: Folder) -> tuple[list[str], list[list[str]]]:
     """Names and texts of the classes."""
     classnames, templates = folder.lines(CLASSNAMES), folder.lines(TEMPLATES)
     if classnames is None:
@@ -225,7 +190,7 @@ def _prompts(folder: _Folder) -> tuple[list[str], list[list[str]]]:
     return classnames, [[t.replace("{c}", name).replace("{}", name) for t in templates] for name in classnames]
 
 
-def _coarse(folder: _Folder, num_classes: int) -> list[str] | None:
+def _coarse(folder: Folder, num_classes: int) -> list[str] | None:
     lines = folder.lines(COARSE)
     if lines is not None and len(lines) != num_classes:
         raise ConfigError(f"{folder.url}/{COARSE}: {len(lines)} lines for {num_classes} classes; write one for each")
@@ -251,14 +216,24 @@ def _check_label(key: str, label: int, num_classes: int) -> None:
         )
 
 
-def _labelled(shard: Shard, num_classes: int) -> Iterator[tuple[Sample, int]]:
-    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls")):
+def _labelled(shard: Shard, num_classes: int, grouped: bool) -> Iterator[tuple[Sample, Any]]:
+    for key, parts in shards.read_parts(shard, (*shards.IMAGES, "cls", "json", *(["npy"] if grouped else []))):
         try:
-            label = int(parts.get("cls", b"").decode())
-        except ValueError:
+            label = captions.label(parts)
+        except (ValueError, RecursionError):
             raise ConfigError(f"{shard.url}: {key}.cls is missing or not a number; write the label as digits") from None
         _check_label(f"{shard.url}: {key}", label, num_classes)
-        yield _sample(key, parts, ()), label
+        yield _sample(key, parts, ()), (label, _group(f"{shard.url}: {key}", parts)) if grouped else label
+
+
+def _group(where: str, parts: dict[str, bytes]) -> int:
+    try:
+        group = int(np.lib.format.read_array(io.BytesIO(parts["npy"]), allow_pickle=False).reshape(-1)[0])
+    except (KeyError, ValueError, IndexError, EOFError):
+        group = -1
+    if group < 0:
+        raise ConfigError(f"{where}.npy is missing, or its first number is no group; groups are counted from 0")
+    return group
 
 
 def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]:
@@ -266,30 +241,34 @@ def _captioned_by_line(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]
         try:
             lines = parts.get("txt", b"").decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            yield Sample(key, b"", (), Status.CAPTION_NOT_UTF8), ()
+            yield Sample(key, b"", (), Status.CAPTION_NOT_UTF8, f"{key}.txt: is not UTF-8; convert it"), ()
             continue
-        captions = tuple(caption for line in lines if (caption := line.strip()))
-        yield _sample(key, parts, captions) if captions else Sample(key, b"", (), Status.EMPTY_CAPTION), captions
+        found = tuple(caption for line in lines if (caption := line.strip()))
+        without = Sample(key, b"", (), Status.EMPTY_CAPTION, f"{key}: has no .txt with a caption; add one")
+        yield _sample(key, parts, found) if found else without, found
 
 
-def _captioned(shard: Shard) -> Iterator[tuple[Sample, tuple[str, ...]]]:
-    for sample in shards.read(shard):
+def _captioned(shard: Shard, files: CaptionFiles) -> Iterator[tuple[Sample, tuple[str, ...]]]:
+    for sample in shards.read(shard, files):
         yield sample, sample.captions
 
 
 def _sample(key: str, parts: dict[str, bytes], captions: tuple[str, ...]) -> Sample:
     image = next((parts[extension] for extension in shards.IMAGES if extension in parts), None)
-    return Sample(key, b"", (), Status.MISSING_IMAGE) if image is None else Sample(key, image, captions)
+    if image is None:
+        few = ", ".join(shards.IMAGES)
+        return Sample(key, b"", (), Status.MISSING_IMAGE, f"{key}: has no image that is read; add one of {few}")
+    return Sample(key, image, captions)
 
 
-def _pixels(steps: list[Callable[[Image.Image], Image.Image]], row: tuple[Sample, T]) -> tuple[Tensor | Status, T]:
+def _pixels(steps: list[Callable[[Image.Image], Image.Image]], row: tuple[Sample, T]) -> tuple[Tensor | SampleError, T]:
     sample, truth = row
     if sample.status != Status.GOOD:
-        return sample.status, truth
+        return SampleError(sample.status, sample.detail), truth
     try:
         picture = images.decode(sample.image)
     except SampleError as error:
-        return Status(error.status), truth
+        return SampleError(error.status, f"{sample.key}: {error}"), truth
     for step in steps:
         picture = step(picture)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1), truth

@@ -114,10 +114,11 @@ class Student:
     def documents(self, folder: str, checked: dict[str, Any]) -> dict[str, str]:
         """What an export takes along to stand alone: standalone.py."""
         model_cfg = json.loads((self.folder / CONFIG).read_text())["model_cfg"]
-        code = standalone.modeling(self.name, folder, model_cfg)
         training = self.folder.parent if (self.folder.parent / "report.json").is_file() else None
-        card = standalone.card(self.facts(), checked, code is not None, training)
-        return {"README.md": card} | ({"modeling.py": code} if code else {})
+        return {
+            "README.md": standalone.card(self.facts(), checked, training),
+            "modeling.py": standalone.modeling(self.name, folder, model_cfg),
+        }
 
     def probe(self) -> Tensor:
         """Noise that exports are checked on, normalised, the same each time: float32 (4, 3, image_px, image_px)."""

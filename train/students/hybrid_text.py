@@ -1,8 +1,8 @@
 """MobileCLIP-S0's text tower, MCt: convolutions at both ends, attention in between.
 
 Source: MobileCLIP (Vasu et al. 2024, arXiv 2311.17049, section 4.1). open_clip has no such tower; importing this module
-makes it build one wherever a `text_cfg` names a `mixer_kernel`, so that an exported student of that kind loads after
-`import train.students`. It is open_clip's own text tower with a block more before and after its transformer's.
+makes it build one wherever a `text_cfg` names a `mixer_kernel`. It is open_clip's own text tower with a block more
+before and after its transformer's.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reinforce import process
 from reinforce.models.open_clip import open_clip
+from reinforce.process import open_clip_text_tower
 from train.students.fold import ConvNorm
 
 LAYER_SCALE = 1e-5  # where a block's branches start
@@ -107,4 +107,4 @@ def build(embed_dim: int, text_cfg: Any, *args: Any, **kwargs: Any) -> Any:
     return tower
 
 
-build_plain = process.open_clip_text_tower(open_clip.model, build)
+build_plain = open_clip_text_tower(open_clip.model, build)

@@ -16,8 +16,9 @@ from typing import Any
 import timm
 
 from reinforce.errors import ReinforceError
+from reinforce.process import CHECKED
 from reinforce.store.store import Store
-from train.students import fold, mamba, mamba_v1, mambavision, mci, plain_scans
+from train.students import fold, hybrid_text, mamba, mamba_v1, mambavision, mci, plain_scans
 
 # Of each module what it needs of ours, which comes before it.
 NEEDS: dict[ModuleType, list[ModuleType]] = {
@@ -25,6 +26,7 @@ NEEDS: dict[ModuleType, list[ModuleType]] = {
     mamba_v1: [plain_scans, mamba],
     mambavision: [plain_scans, fold],
     mci: [],
+    hybrid_text: [fold],
 }
 # What scan.py would decide: without kernels there is little to decide.
 SCANS = """
@@ -42,6 +44,15 @@ def selective_scan(*args: Any, **more: Any) -> Tensor:
     scan = selective_scan_sequential if torch.is_grad_enabled() else selective_scan_doubling
     return scan(*args, *named[len(args) - 5 :])
 """
+# In place of reinforce/process.py: open_clip has no way to add a kind of text tower.
+TEXT_TOWER = f"""
+def open_clip_text_tower(model: Any, build: Any) -> Any:
+    if not hasattr(model, "_build_text_tower"):
+        raise ImportError("open_clip_torch is another one; pip install open_clip_torch=={CHECKED["open_clip_torch"]}")
+    own, model._build_text_tower = model._build_text_tower, build
+    return own
+"""
+INSTEAD = {plain_scans: SCANS, hybrid_text: TEXT_TOWER}
 HEAD = '''"""{name}: a student of clip-reinforce, for open_clip. Needs torch, open_clip_torch and timm.
 
     import sys
@@ -68,13 +79,13 @@ def load(device: str = "cpu") -> tuple[Any, Any, Any]:
 '''
 
 
-def modeling(name: str, folder: str, model_cfg: dict[str, Any]) -> str | None:
-    """The text of modeling.py for a student; None where it cannot stand alone."""
-    if "mixer_kernel" in model_cfg["text_cfg"]:
-        return None
-    towers = _module_of(model_cfg["vision_cfg"].get("timm_model_name"))
-    modules = [*NEEDS[towers], towers] if towers else []
-    parts = [_body(module) + (SCANS if module is plain_scans else "") for module in modules]
+def modeling(name: str, folder: str, model_cfg: dict[str, Any]) -> str:
+    """The text of modeling.py for a student."""
+    towers = [hybrid_text] if "mixer_kernel" in model_cfg["text_cfg"] else []
+    own = _module_of(model_cfg["vision_cfg"].get("timm_model_name"))
+    towers += [own] if own else []
+    modules = list(dict.fromkeys(module for tower in towers for module in [*NEEDS[tower], tower]))
+    parts = [text for module in modules for text in (INSTEAD.get(module, ""), _body(module)) if text]
     imports = {"import json", "from pathlib import Path", "from typing import Any", "import open_clip"}
     imports |= {line for module in modules for line in _imports(module)}
     head = HEAD.format(name=name, folder=folder) + "\n".join(sorted(imports))
@@ -110,15 +121,13 @@ def _body(module: ModuleType) -> str:
     return "\n".join(lines[last:]).strip("\n") + "\n"
 
 
-def card(facts: dict[str, Any], checked: dict[str, Any], alone: bool, training: Path | None) -> str:
+def card(facts: dict[str, Any], checked: dict[str, Any], training: Path | None) -> str:
     """README.md of an export. `facts` are those of export.json, `training` the folder of the fit that it comes from."""
     size, name = facts["preprocess"]["size"], facts["student"]
-    told = [f"# {name}", "", "A small CLIP: images and texts to vectors of one space, written by clip-reinforce.", ""]
-    if alone:
-        told += ["```python", 'import sys; sys.path.insert(0, "FOLDER")  # this one', "import modeling", ""]
-        told += ["model, preprocess, tokenizer = modeling.load()  # torch, open_clip_torch, timm", "```", ""]
-    else:
-        told += ["open_clip loads it after `import train.students`: its text tower needs clip-reinforce.", ""]
+    told = ["---", "library_name: open_clip", "pipeline_tag: zero-shot-image-classification", "tags: [clip]", "---"]
+    told += [f"# {name}", "", "A small CLIP: images and texts to vectors of one space, written by clip-reinforce.", ""]
+    told += ["```python", 'import sys; sys.path.insert(0, "FOLDER")  # this one', "import modeling", ""]
+    told += ["model, preprocess, tokenizer = modeling.load()  # torch, open_clip_torch, timm", "```", ""]
     preprocess = facts["preprocess"]
     told += [
         f"`image.onnx` and `text.onnx` need no code. Images are {size} x {size} RGB, pixel / 255 less "
@@ -169,6 +178,6 @@ def _of_teachers(store: str) -> list[str]:
     told = ["It learned from these, whose licences hold for what is learned from them; look them up:", ""]
     for kind in ("teachers", "captioners"):
         for name, model in manifest.recipe[kind].items():
-            weights = manifest.models[kind][name]["weights_sha256"][:16]
+            weights = manifest.models[kind][name].get("weights_sha256", "imported")[:16]
             told.append(f"- {kind[:-1]} `{name}`: {model['model']} {model.get('pretrained') or ''} (weights {weights})")
     return [*told, ""]
