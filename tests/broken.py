@@ -134,6 +134,11 @@ def odd_tars() -> dict[str, tuple[bytes, Expected]]:
             [no_a, good_b],
         ),
         "symbolic_link_then_file": (tar((special("a.jpg", tarfile.SYMTYPE), b""), *a), [good_a]),
+        "file_then_symbolic_link": (tar(*a, (special("a.jpg", tarfile.SYMTYPE), b""), *b), [good_a, good_b]),
+        "symbolic_link_beside_a_picture": (
+            tar((special("a.jpg", tarfile.SYMTYPE), b""), ("a.png", jpg), a[1], *b),
+            [good_a, good_b],
+        ),
         "sparse_alone": (
             tar(
                 *((special(f"{key}.jpg", b"0", **sparse), b"1\n0\n5\n".ljust(512, b"\0") + b"x" * 5) for key in "xyz"),

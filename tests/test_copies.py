@@ -165,3 +165,36 @@ def test_copies_are_in_a_folder_of_the_users_own(
 def test_a_local_tar_is_no_copy(tmp_path: Path) -> None:
     tar = tiny.tar(tmp_path / "0.tar", 1)
     assert local_copy(tar, str(tmp_path / "cache"), 1).path == tar and not os.path.exists(tmp_path / "cache")
+
+
+READER = """
+import hashlib, logging, random, sys, time
+from pathlib import Path
+from reinforce.data.copies import local_copy
+logging.disable(logging.WARNING)
+seed, url, served, cache, max_bytes, seconds = sys.argv[1:]
+rng, end, num = random.Random(int(seed)), time.monotonic() + float(seconds), 0
+while time.monotonic() < end:
+    name = f"{rng.choice('abcdefghij')}.tar"
+    copy = local_copy(f"{url}/{name}", cache, int(max_bytes))
+    time.sleep(rng.random() / 100)
+    assert Path(copy.path).read_bytes() == Path(served, name).read_bytes(), name
+    num += 1
+print(num)
+"""
+
+
+@pytest.mark.chaos
+def test_processes_that_share_a_small_folder_take_nothing_from_each_other(web: SimpleNamespace, tmp_path: Path) -> None:
+    data = (web.folder / "a.tar").read_bytes()
+    for name in "abcdefghij":
+        (web.folder / f"{name}.tar").write_bytes(data.replace(b"picture a", f"picture {name}".encode()))
+    arguments = [web.url, str(web.folder), str(tmp_path / "cache"), str(2 * web.size), "15"]
+    readers = [
+        subprocess.Popen([sys.executable, "-c", READER, str(seed), *arguments], stdout=-1, stderr=-1, text=True)
+        for seed in range(4)
+    ]
+    for reader in readers:
+        out, err = reader.communicate()
+        assert reader.returncode == 0 and int(out) > 100, err
+    assert len(there(tmp_path / "cache")) <= 8  # of each reader the one in use, and the one that is fetched

@@ -66,34 +66,37 @@ def local_copy(url: str, folder: str | None, max_bytes: int | None) -> Copy:
         kept = _held(path)
         if kept and _is_whole(path, size):
             return kept
-        path.unlink(missing_ok=True)
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
         _make_room(where, size or 0, max_bytes)
-        return _fetched(files, remote, path, size)
+        return _fetched(files, remote, path, size, damaged=kept is not None)
     except OSError as error:
         raise _cannot(url, where, error) from error
 
 
-def _fetched(files: Any, remote: str, path: Path, size: int | None) -> Copy:
+def _fetched(files: Any, remote: str, path: Path, size: int | None, damaged: bool) -> Copy:
+    """`damaged`: what is there is to be replaced; otherwise what another process has put there meanwhile is taken."""
     # Its name says how much room it will need, to others who make room meanwhile; its lock, that it is being written.
     partial = path.with_name(f"{path.name}~{size or 0}~{uuid.uuid4().hex}")
-    lock = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    partial.touch(0o600)
+    while (lock := _locked(partial)) is None:  # taken for one of a killed process, before it was locked
+        partial.touch(0o600)
     copy = Copy(str(path), lock)
     try:
-        _lock(lock, fcntl.LOCK_SH)
         with as_os_errors():
             files.get_file(remote, str(partial))
         if not _is_whole(partial, size):
             expected = "" if size is None else f" of {size} bytes"
             raise OSError(f"the {partial.stat().st_size} bytes that came are no tar{expected}")
-        try:
-            os.link(partial, path)
-        except FileExistsError:  # another process was faster, and uses its own
-            if other := _held(path):
-                return other
-            os.replace(partial, path)
-        except OSError:  # a file system without links
-            os.replace(partial, path)
+        while not damaged:
+            try:
+                os.link(partial, path)
+                return copy
+            except FileExistsError:  # another process was faster, and uses its own
+                if other := _held(path):
+                    return other
+            except OSError:  # a file system without links
+                break
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return copy
@@ -145,6 +148,8 @@ def _let_go(path: Path) -> bool:
         lock = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
+    except OSError:  # somebody else's
+        return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
@@ -157,22 +162,26 @@ def _let_go(path: Path) -> bool:
 
 def _held(path: Path) -> Copy | None:
     """A copy that is there, marked as used now."""
+    lock = _locked(path)
+    if lock is None:
+        return None
+    with suppress(OSError):  # somebody else's, which may be read and no more
+        os.utime(path)
+    return Copy(str(path), lock)
+
+
+def _locked(path: Path) -> int | None:
+    """Say that a copy is in use, until what this gives is closed. None where there is none, or where it just goes."""
     try:
         lock = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    copy = Copy(str(path), lock)
-    _lock(lock, fcntl.LOCK_SH)
-    if not os.fstat(lock).st_nlink:  # it was let go of at this moment
-        return None
-    with suppress(OSError):  # somebody else's, which may be read and no more
-        os.utime(path)
-    return copy
-
-
-def _lock(lock: int, kind: int) -> None:
-    with suppress(OSError):  # a file system without locks: it is not let go of either
-        fcntl.flock(lock, kind)
+    with suppress(OSError):  # a file system without locks: then it is not let go of either
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    if os.fstat(lock).st_nlink:
+        return lock
+    os.close(lock)
+    return None
 
 
 def _newest(folder: Path, url: str) -> Copy | None:

@@ -21,6 +21,7 @@ from reinforce.errors import ConfigError, MissingExtra
 from reinforce.progress import Progress
 
 TABLES = (".csv", ".tsv", ".parquet")
+_BESIDE = (*captions.EXTENSIONS, captions.LABEL)  # of a folder: what goes with the picture of its name
 # Columns that are looked for where none is named; the last of each kind are those of open_clip's own tables.
 IMAGE_COLUMNS = ("path", "image_path", "file_name", "filename", "image", "filepath")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
@@ -183,9 +184,6 @@ def _of_folder(folder: Path, notes: Notes) -> list[_Picture]:
         for of in beside if not of_stem else ():
             notes.add("no_picture", _text(group[of]))
     return pictures
-
-
-_BESIDE = (*captions.EXTENSIONS, captions.LABEL)
 
 
 def _text(name: str) -> str:

@@ -49,7 +49,9 @@ class Folder:
                 f"{where}: not found; an evaluation set is a folder in CLIP_benchmark's layout, or tars as 'DIR/*.tar'"
             )
         if text.lstrip().startswith("<"):
-            raise ConfigError(f"{where} is a page about the file; of a repository on Hugging Face give ../resolve/main")
+            raise ConfigError(
+                f"{where} is a page about the file; of a repository on Hugging Face give .../resolve/main"
+            )
         if not text.strip().isdecimal() or int(text) == 0:
             raise ConfigError(f"{where}: says '{text.strip()[:40]}'; it has to be the number of tars beside it")
         num = int(text)
