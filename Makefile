@@ -29,7 +29,7 @@ require = $(if $(named),$(if $(missing),echo "make $@: name $(missing) as well; 
 everywhere = $(if $(findstring ://,$(1)),$(1),$(if $(findstring ::,$(1)),$(1),$(abspath $(1))))
 
 .PHONY: help setup dev setup-gpu reinforce train verify info submit samples picture test test-fast test-slow coverage \
-	triton test-kernels chaos corrupt simulate check pins format bench clean
+	triton test-kernels chaos corrupt fuzz simulate check pins format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -130,6 +130,9 @@ simulate: dev ## runs of several writers with faults, in memory: nothing lost, t
 
 corrupt: dev ## damage a store in 2000 ways, one after the other: all found, none read, all mended to the same bytes
 	@DAMAGES=$(or $(DAMAGES),2000) $(PY) -m pytest -n auto tests/test_repair.py -k any_damage
+
+fuzz: dev ## mutated tars, images and metadata of a store: no crash, no hang, counts balance (FUZZ_ROUNDS=100000 FUZZ_SEED=0)
+	@FUZZ_ROUNDS=$(or $(FUZZ_ROUNDS),100000) FUZZ_SEED=$(or $(FUZZ_SEED),0) $(PY) -m pytest -n auto -rP tests/test_fuzz.py
 
 chaos: dev ## kill workers, driver and nodes at random, and commands at each operation; compare every byte
 	@$(PY) -m pytest -m chaos

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from reinforce.config import ViewSet
-from reinforce.data import augment
+from reinforce.data import augment, resize
 from reinforce.data.shards import Sample
 from reinforce.process import import_torchvision
 from reinforce.run.batches import Batch, View, views
@@ -106,12 +106,13 @@ def at_once(num: int, num_rounds: int, view_px: int) -> dict[str, object]:
     view_set = ViewSet(num_views=10, view_px=view_px)
     pictures = [photograph(seed) for seed in range(64)]
     samples = [Sample(f"{i}", jpeg(picture), ()) for i, picture in enumerate(pictures)]
-    batch = Batch(list(range(64)), samples, pictures)
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    batch = Batch(list(range(64)), samples, sizes, [{}] * 64, list(map(resize.ready, pictures)))
     processes = ViewProcesses(num, 64, {"base": {view_px}})
 
     def in_threads(count: int) -> Iterator[View]:
         with ThreadPoolExecutor(count) as pool:
-            yield from views(batch, view_set, "base", 0, {view_px}, pool)
+            yield from views(batch, view_set, "base", 0, {view_px}, pool, 0)
 
     ways: dict[str, Callable[[], Iterator[View]]] = {
         "one thread": partial(in_threads, 1),

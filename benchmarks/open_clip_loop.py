@@ -20,7 +20,8 @@ import torch
 import typer
 
 from reinforce.data import shards
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
+from reinforce.models.tokenizer import get_tokenizer
 from train import OpenClipData, ReinforcedDataset, students
 
 SHARDS = "samples/train/{00000..00003}.tar"

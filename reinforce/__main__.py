@@ -16,6 +16,7 @@ import typer
 from reinforce.config import Model, Packing, Recipe, RunOptions, parse
 from reinforce.errors import ConfigError
 from reinforce.exchange import commands
+from reinforce.lines import say
 from reinforce.recipes import choice, listed, load_recipe, overridden
 from reinforce.run.reports import RunReport
 from reinforce.terminal import (
@@ -67,6 +68,14 @@ ProcessesOption = Annotated[
         "most 16"
     ),
 ]
+BytesOption = Annotated[
+    int | None,
+    typer.Option(
+        help="bytes that a worker's decoded pictures may take ahead of need, by default 1 GiB, and with a GPU 8 GiB; "
+        "what finds no room is decoded again",
+        min=1 << 20,
+    ),
+]
 HungOption = Annotated[
     float | None,
     typer.Option(
@@ -102,12 +111,13 @@ def run(
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
     view_processes: ProcessesOption = _DEFAULTS.view_processes,
+    decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
-    options |= {"decode_threads": decode_threads, "view_processes": view_processes}
+    options |= {"decode_threads": decode_threads, "view_processes": view_processes, "decode_bytes": decode_bytes}
     _run(shards, store, recipe, set_, json_, texts, workers=workers, device=device, **options)
 
 
@@ -123,13 +133,15 @@ def extend(
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
     view_processes: ProcessesOption = _DEFAULTS.view_processes,
+    decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     json_: JsonOption = False,
 ) -> None:
     """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
     there stays as it is, and may be read meanwhile."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
-    options |= {"decode_threads": decode_threads, "view_processes": view_processes, "extend": True}
+    options |= {"decode_threads": decode_threads, "view_processes": view_processes}
+    options |= {"decode_bytes": decode_bytes, "extend": True}
     _run(shards, store, recipe, set_, json_, [], workers=workers, device=device, **options)
 
 
@@ -180,10 +192,10 @@ def _run(
                 report = run_driver(shards, store, loaded, asked)
         if json_:
             told = {"captions": [asdict(written) for written in captions]} if captions else {}
-            print(json.dumps({"recipe": loaded.name} | asdict(report) | told))
+            say(json.dumps({"recipe": loaded.name} | asdict(report) | told))
         else:
             for written in captions:
-                print(
+                say(
                     f"Captions '{written.text_set}': {written.num_captions} for each of {written.samples} samples; "
                     f"{written.without_caption} have none, {written.without_image} are of no sample"
                 )
@@ -200,7 +212,7 @@ def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
         return load_recipe(name, overrides)
     stored = stored_recipe(store)
     if stored is None:
-        raise ConfigError(f"name a recipe with --recipe: one of these, or a path to your own\n{choice()}")
+        raise ConfigError("name a recipe with --recipe: one of these, or a path to your own", *choice())
     return overridden(stored, overrides, f"the recipe of {store}")
 
 
@@ -208,7 +220,7 @@ def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
 def recipes(json_: JsonOption = False) -> None:
     """List the recipes that `run --recipe` takes by name."""
     with errors_as_sentences():
-        print(json.dumps(listed()) if json_ else choice())
+        say(*([json.dumps(listed())] if json_ else choice()))
 
 
 @app.command()
@@ -220,7 +232,7 @@ def recipe(
 ) -> None:
     """Print a recipe as JSON, to read it or to begin your own: `clip-reinforce recipe NAME > mine.json`."""
     with errors_as_sentences():
-        print(load_recipe(name, set_).model_dump_json(indent=1))
+        say(*load_recipe(name, set_).model_dump_json(indent=1).split("\n"))
 
 
 @app.command()
@@ -287,9 +299,9 @@ def verify(
         sound = report.sound and not (strict and (report.unchecked or report.foreign))
         show(asdict(report), json_)
         if not json_:
-            print("sound" if sound else "faults found" if not report.sound else "sound, but not all was compared")
+            say("sound" if sound else "faults found" if not report.sound else "sound, but not all was compared")
             if report.corrupt or report.missing:
-                print(f"Next:  {typed('clip-reinforce')} repair {store} --shards '{shards or 'DIR/*.tar'}'")
+                say(f"Next:  {typed('clip-reinforce')} repair {store} --shards '{shards or 'DIR/*.tar'}'")
     raise typer.Exit(0 if sound else 1)
 
 
@@ -371,9 +383,9 @@ def repack(
 
 def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:
     if report.already_there == report.shards:
-        print(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
+        say(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
     else:
-        print(
+        say(
             f"{report.done} of {report.shards} shards reinforced in {report.seconds:.0f} s"
             + (f", {report.already_there} were there already" if report.already_there else "")
             + f": {report.samples} samples read, {report.valid} good"
@@ -381,24 +393,24 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
             + "."
         )
     for kind, num in report.noted.items():
-        print(f"Noted:  {num} {kind}, as {report.first[kind]}")
+        say(f"Noted:  {num} {kind}, as {report.first[kind]}")
     for final, remedy in ((True, "They stay so until this is mended:"), (False, "Run again to retry:")):
         if failed := [failure for failure in report.failed if failure.final == final]:
-            print(f"Failed: {len(failed)} of {report.shards} shards. {remedy}")
+            say(f"Failed: {len(failed)} of {report.shards} shards. {remedy}")
         for failure in failed:
-            print(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+            say(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
             for kind, num in failure.noted.items() if failure.quarantined else ():
-                print(f"    {num} {kind}, as {failure.first[kind]}")
+                say(f"    {num} {kind}, as {failure.first[kind]}")
     fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
-    print(
-        f"Recipe: {recipe.name}{weights}\n"
-        f"        teachers {_models(recipe.teachers)}\n"
-        f"        captioners {_models(recipe.captioners)}\n"
-        f"Store:  {report.store}\n"
-        f"Next:   {typed('clip-reinforce')} info {report.store}\n"
-        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100"
-        + ("" if report.failed else f"\n        {fit}")
+    say(
+        f"Recipe: {recipe.name}{weights}",
+        f"        teachers {_models(recipe.teachers)}",
+        f"        captioners {_models(recipe.captioners)}",
+        f"Store:  {report.store}",
+        f"Next:   {typed('clip-reinforce')} info {report.store}",
+        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100",
+        *([] if report.failed else [f"        {fit}"]),
     )
 
 

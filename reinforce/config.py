@@ -15,12 +15,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from reinforce.errors import ConfigError
+from reinforce.lines import without_secrets
 
 ORIGINAL = "original"  # the text set of the captions that came with the images
 RESERVED = {"augment", "pixels", "caption", "name", ORIGINAL}  # what columns and sets are called by themselves
@@ -55,6 +57,8 @@ class Config(BaseModel):
 
 
 T = TypeVar("T", bound=Config)
+# Where data lies. As JSON, in which settings are saved and sent, it has no secrets.
+Address = Annotated[str, PlainSerializer(without_secrets, when_used="json")]
 
 
 class ViewSet(Config):
@@ -281,6 +285,12 @@ class RunOptions(Config):
         description="processes of a worker that make the views; by default none, and with a GPU its share of the "
         "cores, at most 16",
     )
+    decode_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="bytes that the decoded pictures of a worker may take ahead of need, by default 1 GiB, and with a "
+        "GPU 8 GiB; what finds no room is decoded again when its views are made",
+    )
     hung_after: float | None = Field(
         None,
         gt=0,
@@ -298,12 +308,13 @@ def parse(kind: type[T], tree: Any, where: str) -> T:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where} is not valid:\n  {sentences(error, kind)}") from None
+        raise ConfigError(f"{where} is not valid:", *sentences(error, kind)) from None
 
 
-def sentences(error: ValidationError, kind: type[Config] = Config) -> str:
-    """Every fault that pydantic found, a line each; of an unknown key, the keys of `kind` that come near."""
-    return "\n  ".join(": ".join(filter(None, [".".join(map(str, f["loc"])), _plain(f, kind)])) for f in error.errors())
+def sentences(error: ValidationError, kind: type[Config] = Config) -> list[str]:
+    """Every fault that pydantic found, an indented line each; of an unknown key, the keys of `kind` that come near."""
+    faults = [(".".join(map(str, fault["loc"])), _plain(fault, kind)) for fault in error.errors()]
+    return ["  " + ": ".join(filter(None, fault)) for fault in faults]
 
 
 def near(key: str, node: Any) -> str:

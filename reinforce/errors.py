@@ -19,9 +19,18 @@ A message says what is wrong, where (shard, key, column), and what to do.
 
 from typing import Self
 
+from reinforce.lines import plain, without_secrets
+
 
 class ReinforceError(Exception):
-    """Base of all errors raised on purpose by this project."""
+    """Base of all errors raised on purpose by this project. Each argument is a line of the message, whatever names are
+    in it; of addresses no secret is kept."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*(plain(without_secrets(str(line))) for line in lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class ConfigError(ReinforceError, ValueError):
@@ -48,12 +57,12 @@ class SampleError(ReinforceError, ValueError):
     """One sample cannot be used. `status` (a `shards.Status`) is why; the message is the detail."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
+        super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = str(self)
 
-    def __str__(self) -> str:
-        return self.message
+    def __reduce__(self) -> tuple[type[Self], tuple[int, str]]:
+        return type(self), (self.status, self.message)
 
 
 class ReplayError(ReinforceError, ValueError):

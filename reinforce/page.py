@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.errors import ConfigError
+from reinforce.lines import without_secrets
 
 SHARED = Path(__file__).parent
 POLICY = (
@@ -44,7 +45,7 @@ def _allowed(page: str, kind: str) -> str:
 
 def _within_a_script(facts: dict[str, Any]) -> str:
     """JSON in which no sign can end the element, or a line in older browsers."""
-    data = json.dumps(facts, ensure_ascii=False, default=float)
+    data = without_secrets(json.dumps(facts, ensure_ascii=False, default=float))
     for sign in "<>&\u2028\u2029":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
     return data

@@ -7,6 +7,7 @@ trainings take SIGINT and SIGTERM (`signals.py`); a training seeds torch at ever
 started from the folder of our packages (`run/on_ray.py`).
 """
 
+import ctypes
 import inspect
 import logging
 import os
@@ -55,6 +56,13 @@ def pillow_without_half_images() -> None:
     from PIL import ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def give_memory_back() -> None:
+    """glibc keeps what a thread has freed for that thread, and so a picture's memory for each thread that decodes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim:
+        trim(0)
 
 
 def timm_without_warnings() -> None:

@@ -8,13 +8,15 @@ from typing import Self
 
 from tqdm import tqdm
 
+from reinforce.lines import plain, say, without_secrets
+
 _SILENT_S = 60.0  # after so long without a unit it says what it waits for, and then again
 _QUIET_S = 10.0  # plain lines come no closer together than this, but for the last
 
 
-def say(text: str) -> None:
+def tell(text: str) -> None:
     """A line on stderr, above a bar where there is one."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(plain(without_secrets(text)), file=sys.stderr)
 
 
 class Progress:
@@ -56,7 +58,7 @@ class Progress:
             if now - max(told, self._heard) >= _SILENT_S:
                 told = now
                 count = f"{self._title}{self._unit} {self._done}/{self._total}"
-                say(f"{count}, nothing new for {now - self._heard:.0f} s: waiting for {waits_for()}")
+                tell(f"{count}, nothing new for {now - self._heard:.0f} s: waiting for {waits_for()}")
 
     def __enter__(self) -> Self:
         return self
@@ -85,4 +87,4 @@ class Progress:
             self._last_line = now
             left_s = self.seconds / (self._done - self._first) * (self._total - self._done)
             count = f"{self._title}{self._unit} {self._done}/{self._total}"
-            print(", ".join(filter(None, [count, phrase, f"about {left_s:.0f} s left"])), file=sys.stderr)
+            say(", ".join(filter(None, [count, phrase, f"about {left_s:.0f} s left"])), file=sys.stderr)

@@ -43,7 +43,7 @@ def load(kind: type[T], constant: str, name: str | None, overrides: list[str] = 
 
 def overridden(settings: T, overrides: list[str], where: str) -> T:
     """The settings with `dotted.key=value` overrides. Raises ConfigError, which says `where` they are from."""
-    tree = settings.model_dump(mode="json")
+    tree = settings.model_dump()
     for override in overrides:
         _override(tree, override)
     return parse(type(settings), tree, where)
@@ -58,17 +58,17 @@ def listed(constant: str = "RECIPE") -> dict[str, str]:
     return found
 
 
-def choice(constant: str = "RECIPE") -> str:
+def choice(constant: str = "RECIPE") -> list[str]:
     """The same as lines of text, for help and messages."""
     recipes = listed(constant)
     width = max(map(len, recipes))
-    return "\n".join(f"  {name.ljust(width)}  {phrase}" for name, phrase in recipes.items())
+    return [f"  {name.ljust(width)}  {phrase}" for name, phrase in recipes.items()]
 
 
 def _tree(constant: str, name: str) -> Any:
     """The settings as plain data, not yet checked."""
     if not name:
-        raise ConfigError(f"the recipe has no name; give one of these, or a path to your own\n{choice(constant)}")
+        raise ConfigError("the recipe has no name; give one of these, or a path to your own", *choice(constant))
     if name.endswith(".json"):
         tree = _json(Path(name))
         if constant != "RECIPE" and isinstance(tree, dict) and {"teachers", "captioners"} <= tree.keys():
@@ -83,8 +83,9 @@ def _tree(constant: str, name: str) -> Any:
             own = f"; did you mean ./{name}.py?" if Path(f"{name}.py").is_file() else ""
             raise ConfigError(
                 f"no recipe of this project is called '{name}'"
-                + (own or (f"; did you mean {' or '.join(close)}?" if close else ""))
-                + f"\nRecipes of this project (or give a path to your own):\n{choice(constant)}"
+                + (own or (f"; did you mean {' or '.join(close)}?" if close else "")),
+                "Recipes of this project (or give a path to your own):",
+                *choice(constant),
             )
     if not path.is_file():
         raise ConfigError(f"recipe {name}: no such file")
@@ -92,7 +93,7 @@ def _tree(constant: str, name: str) -> Any:
     if constant not in values:
         raise ConfigError(f"recipe {name} has no {constant}; write one, as {FOLDER.name}/datacompdr_12m.py does")
     value = values[constant]
-    return value.model_dump(mode="json") if isinstance(value, Config) else value
+    return value.model_dump() if isinstance(value, Config) else value
 
 
 def _json(path: Path) -> Any:
@@ -117,9 +118,10 @@ def _values(path: Path) -> dict[str, Any]:
     try:
         return runpy.run_path(str(path))
     except ValidationError as error:
-        raise ConfigError(f"recipe {path}{_line(error, path)} is not valid:\n  {sentences(error)}") from None
+        raise ConfigError(f"recipe {path}{_line(error, path)} is not valid:", *sentences(error)) from None
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"recipe {path}{_line(error, path)}: {type(error).__name__}: {error}") from error
+        told = f"recipe {path}{_line(error, path)}: {type(error).__name__}: {error}"
+        raise ConfigError(*told.split("\n")) from error  # the lines are of our own errors, or of the user's recipe
     finally:
         sys.path.remove(beside)
 

@@ -17,6 +17,7 @@ import typer
 
 from reinforce import signals
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, StoreError
+from reinforce.lines import LogFormatter, plain, say, say_error, show_traceback
 
 _ROOM = "free some room there, or write somewhere else, and run the same command again"
 _RIGHT = "ask for the right to it, or write somewhere else"
@@ -50,7 +51,7 @@ def own_version() -> str:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"clip-reinforce {own_version()}")
+        say(f"clip-reinforce {own_version()}")
         raise typer.Exit
 
 
@@ -67,10 +68,17 @@ VersionOption = Annotated[
 
 
 def start(app: typer.Typer) -> None:
-    """Run a command line: what libraries log below a warning is not for the user."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    """Run a command line: what libraries log below a warning is not for the user. What nobody expected ends as Python
+    ends it, with exit code 1 and its traceback, but for the secrets in it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     with signals.taken(ends=True):
-        app()
+        try:
+            app()
+        except Exception as error:  # typer sets sys.excepthook to its own
+            show_traceback(error)
+            sys.exit(1)
 
 
 def typed(command: str) -> str:
@@ -84,25 +92,25 @@ def typed(command: str) -> str:
 def show(found: dict[str, Any], json_: bool, following: str = "") -> None:
     """What a command answers: one JSON object, or a tree and what may be typed next."""
     if json_:
-        print(json.dumps(found))
+        say(json.dumps(found))
         return
     print_tree(found)
     if following:
-        print(f"Next:  {following}")
+        say(f"Next:  {following}")
 
 
 def print_tree(tree: dict[str, Any], indent: str = "") -> None:
     """Names and values, what is inside another indented."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:
-            print(f"{indent}{name}:")
+            say(f"{indent}{name}:")
             print_tree(value, indent + "  ")
         elif isinstance(value, list) and value:
-            print(f"{indent}{name}:")
+            say(f"{indent}{name}:")
             for item in value:
-                print(f"{indent}  {'  '.join(item.values()) if isinstance(item, dict) else item}")
+                say(f"{indent}  {'  '.join(item.values()) if isinstance(item, dict) else item}")
         else:
-            print(f"{indent}{name}: {'none' if value in ([], {}, None) else value}")
+            say(f"{indent}{name}: {'none' if value in ([], {}, None) else value}")
 
 
 @contextmanager
@@ -113,7 +121,7 @@ def errors_as_sentences() -> Iterator[None]:
         with _errors_of_stopping():
             yield
     except ReinforceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         request_was_wrong = isinstance(error, (ConfigError, MissingExtra, StoreError)) and not isinstance(
             error, Corrupt
         )
@@ -122,11 +130,11 @@ def errors_as_sentences() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        print(f"error: {_of_the_machine(error)}", file=sys.stderr)
+        say_error(plain(_of_the_machine(error)))
         sys.exit(1)
     except KeyboardInterrupt:
         signals.told()
-        print(signals.STOPPED, file=sys.stderr)
+        say(signals.STOPPED, file=sys.stderr)
         sys.exit(128 + (signals.number() or signal.SIGINT))
 
 

@@ -196,9 +196,9 @@ def broken_tars() -> dict[str, tuple[bytes, Expected]]:
         ),
         "sparse_map_cut": (whole[:4096] + header("c.jpg", 0, tarfile.GNUTYPE_SPARSE, 1), "index out of range"),
         "hole": (whole[:4096] + bytes(512) + whole[4608:], after),
-        "huge_size": (whole[:4096] + header("c.jpg", 1 << 62) + whole[4608:], data),
     }
     after_first_of_c = {
+        "huge_size": (whole[:4096] + header("c.jpg", 1 << 62) + whole[4608:], data),
         "huge_size_unread": (whole[:4096] + header("c.bin", 1 << 62) + whole[4608:], data),
         "cut_in_sample": (whole[: 4096 + 1024], cut),
         "negative_size": (whole[:4096] + header("c.jpg", -2048) + whole[4608:], "backwards"),

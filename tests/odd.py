@@ -64,6 +64,12 @@ def flip(data: bytes, position: int, value: int | None = None) -> bytes:
     return data[:position] + bytes([data[position] ^ 0xFF if value is None else value]) + data[position + 1 :]
 
 
+def with_scans(progressive: bytes, num: int) -> bytes:
+    """A progressive JPEG with its last scan `num` times."""
+    last = progressive.rindex(b"\xff\xda")
+    return progressive[:last] + num * progressive[last:-2] + progressive[-2:]
+
+
 def odd_images() -> dict[str, tuple[bytes, Status]]:
     """Image bytes and their status, by key."""
     rgb, red = gradient(), Image.new("RGB", (16, 16), (200, 30, 40))
@@ -80,6 +86,9 @@ def odd_images() -> dict[str, tuple[bytes, Status]]:
         "jpeg_cmyk": encode(red.convert("CMYK"), "JPEG"),
         "jpeg_ycck": ycck(128, 128, 128, 255),
         "jpeg_progressive": encode(rgb, "JPEG", progressive=True),
+        "jpeg_of_many_scans": with_scans(encode(rgb, "JPEG", progressive=True), 90),
+        "jpeg_with_a_film_behind": jpg + 200 * b"\xff\xda" + b"film",
+        "jpeg_of_many_scans_and_a_film": with_scans(encode(rgb, "JPEG", progressive=True), 90) + 200 * b"\xff\xda",
         "jpeg_arithmetic": ARITHMETIC_JPEG,
         "jpeg_mpo": encode(rgb, "MPO", **many),
         "jpeg_mpo_second_frame_cut": encode(rgb, "MPO", **many)[:-100],
@@ -133,6 +142,7 @@ def odd_images() -> dict[str, tuple[bytes, Status]]:
         "jpeg_cut_before_end": (jpg[:-2], Status.TRUNCATED_IMAGE),
         "jpeg_progressive_cut": (encode(rgb, "JPEG", progressive=True)[:-200], Status.TRUNCATED_IMAGE),
         "jpeg_without_frame": (b"\xff\xd8\xff\xd9", Status.BROKEN_IMAGE),
+        "jpeg_of_endless_scans": (with_scans(encode(rgb, "JPEG", progressive=True), 100), Status.BROKEN_IMAGE),
         "jpeg_12_bit": (flip(jpg, sof + 4, 12), Status.BROKEN_IMAGE),
         "jpeg_zero_height": (flip(flip(jpg, sof + 5, 0), sof + 6, 0), Status.BROKEN_IMAGE),
         "jpeg_five_components": (flip(jpg, sof + 9, 5), Status.BROKEN_IMAGE),
@@ -148,6 +158,7 @@ def odd_images() -> dict[str, tuple[bytes, Status]]:
         "png_without_palette": (png(4, 1, 8, 3, bytes(5)), Status.BROKEN_IMAGE),
         "png_unknown_color": (png(4, 1, 8, 5, bytes(5)), Status.BROKEN_IMAGE),
         "png_without_pixels": (plain[: idat - 4] + iend, Status.BROKEN_IMAGE),
+        "png_of_one_row": (png((1 << 26) + 2, 1, 16, 6, bytes(9)), Status.BROKEN_IMAGE),
         "png_text_bomb": (encode(red, "PNG", pnginfo=bomb_text), Status.BROKEN_IMAGE),
         "png_bomb": (png(60000, 60000, 8, 2, bytes(9)), Status.TOO_MANY_PIXELS),
         "png_one_pixel_too_many": (png(89_478_486, 1, 1, 0, bytes(9)), Status.TOO_MANY_PIXELS),

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from reinforce.config import ClassSet, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.errors import ConfigError, Diverged
 from reinforce.models import tensorfile
-from reinforce.models.open_clip import get_tokenizer
 from reinforce.models.teacher import load_teacher
+from reinforce.models.tokenizer import get_tokenizer
 from reinforce.run import driver
 from reinforce.store.columns import CLASSES
 from reinforce.store.store import Store

@@ -23,7 +23,8 @@ from torch import nn
 
 from reinforce.data import images
 from reinforce.errors import ConfigError, MissingExtra
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
+from reinforce.models.tokenizer import get_tokenizer
 from tests import tiny
 from train import export, students
 from train.students import Student, standalone

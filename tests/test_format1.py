@@ -29,8 +29,9 @@ from safetensors.torch import load_file
 from reinforce.__main__ import app as reinforce
 from reinforce.config import Teacher as Config
 from reinforce.data import shards
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
 from reinforce.models.teacher import Teacher
+from reinforce.models.tokenizer import get_tokenizer
 from reinforce.store.store import Store
 from tests import tiny
 from tests.processes import here

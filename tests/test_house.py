@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("reinforce", "train", "pipelines", "benchmarks")
-GROUND = {"reinforce.config", "reinforce.errors"}
+GROUND = {"reinforce.config", "reinforce.errors", "reinforce.lines"}
 SAMPLES = {"reinforce.data"} | GROUND
 # What a place may import besides itself. A place is a module of a package, or one of its folders.
 SEES = {
@@ -23,18 +23,19 @@ SEES = {
     "reinforce.exchange": {f"reinforce.{room}" for room in ("run", "store", "recipes", "terminal", "progress")}
     | SAMPLES,
     "reinforce.run": {f"reinforce.{room}" for room in ("models", "store", "progress", "process", "signals")} | SAMPLES,
-    "reinforce.page": {"reinforce.errors"},
+    "reinforce.page": {"reinforce.errors", "reinforce.lines"},
     "reinforce.check": {f"reinforce.{room}" for room in ("page", "run", "models", "store", "progress")} | SAMPLES,
     "reinforce.models": SAMPLES | {"reinforce.process"},
     "reinforce.store": SAMPLES | {"reinforce.process"},
     "reinforce.data": GROUND | {"reinforce.process"},
     "reinforce.recipes": GROUND,
-    "reinforce.config": {"reinforce.errors"},
-    "reinforce.terminal": {"reinforce.errors", "reinforce.signals"},
+    "reinforce.config": {"reinforce.errors", "reinforce.lines"},
+    "reinforce.terminal": {"reinforce.errors", "reinforce.lines", "reinforce.signals"},
     "reinforce.signals": set(),
-    "reinforce.progress": set(),
+    "reinforce.progress": {"reinforce.lines"},
     "reinforce.process": {"reinforce.errors"},
-    "reinforce.errors": set(),
+    "reinforce.errors": {"reinforce.lines"},
+    "reinforce.lines": set(),
 }
 # What `train` may see of `reinforce`: what reads a store, the models, and the doors to the user. Never run or check.
 SEEN = ("models", "store", "recipes", "terminal", "progress", "process", "page", "signals")

@@ -12,9 +12,10 @@ from reinforce.config import Recipe, Teacher
 from reinforce.errors import ConfigError
 from reinforce.models import prompts
 from reinforce.models.frozen import FrozenModel
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
 from reinforce.models.prompts import Prompts
 from reinforce.models.teacher import load_teacher
+from reinforce.models.tokenizer import get_tokenizer
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -137,7 +137,32 @@ def test_status_numbers_are_part_of_the_format() -> None:
         "caption_json_broken": 12,
         "no_record": 13,
         "other_size": 14,
+        "file_too_large": 15,
     }
+
+
+def test_files_that_are_too_large_are_not_read() -> None:
+    large, json = b"a" * ((1 << 20) + 1), b'{"caption": "a dog", "more": "' + b"a" * (1 << 20) + b'"}'
+    picture = bytes((64 << 20) + 1)
+    found = samples_of(
+        tar(
+            *members("picture", jpg=picture, txt=b"a dog"),
+            *members("txt", jpg=ARITHMETIC_JPEG, txt=large),
+            *members("json", jpg=ARITHMETIC_JPEG, json=json),
+            *members("json_empty_txt", jpg=ARITHMETIC_JPEG, json=json, txt=b" "),
+            *members("json_and_txt", jpg=ARITHMETIC_JPEG, json=json, txt=b"a dog"),
+            *members("largest", jpg=ARITHMETIC_JPEG, txt=large[1:]),
+        )
+    )
+    large_ones = dict.fromkeys(["picture", "txt", "json", "json_empty_txt"], Status.FILE_TOO_LARGE)
+    assert {s.key: s.status for s in found} == large_ones | {"json_and_txt": Status.GOOD, "largest": Status.GOOD}
+    assert found[0].detail == "picture.jpg: has 67108865 bytes, and at most 67108864 are read; shrink it"
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_header_that_would_fill_the_memory_is_not_read(format: int) -> None:
+    with pytest.raises(ShardError, match="another field of a header has 20000.. bytes"):
+        samples_of(tar(("a" * 2_000_000 + ".jpg", b"1"), format=format))
 
 
 def test_a_sample_comes_out_before_the_rest_is_read(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from reinforce.config import Recipe, RunOptions, ViewSet
-from reinforce.data import images
+from reinforce.data import images, resize
 from reinforce.data.shards import Sample, expand
 from reinforce.errors import DeviceLost
 from reinforce.run import batches, loaded
@@ -33,12 +33,14 @@ BATCH = 7
 def batch(num: int, seed: int) -> Batch:
     encoded = [tiny.picture(100 * seed + i) for i in range(num)]
     samples = [Sample(f"{seed}-{i}", image, ("a picture",)) for i, image in enumerate(encoded)]
-    return Batch(list(range(num)), samples, [images.decode(image) for image in encoded])
+    pictures = [images.decode(image) for image in encoded]
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    return Batch(list(range(num)), samples, sizes, [{}] * num, list(map(resize.ready, pictures)))
 
 
 def in_threads(of: Batch, name: str, sides: set[int]) -> list[View]:
     with ThreadPoolExecutor(2) as pool:
-        return list(batches.views(of, SETS[name], name, 3, sides, pool))
+        return list(batches.views(of, SETS[name], name, 3, sides, pool, 0))
 
 
 def same(got: View, expected: View) -> bool:

@@ -15,6 +15,7 @@ import typer
 
 from reinforce.config import CAPTION_FILES, CaptionFiles, parse
 from reinforce.errors import ConfigError, SampleError
+from reinforce.lines import say
 from reinforce.recipes import choice, listed
 from reinforce.terminal import (
     DeviceOption,
@@ -50,7 +51,7 @@ def _all(version: VersionOption = False) -> None: ...
 def recipes(json_: JsonOption = False) -> None:
     """List the recipes that `fit --recipe` takes by name."""
     with errors_as_sentences():
-        print(json.dumps(listed("TRAINING")) if json_ else choice("TRAINING"))
+        say(*([json.dumps(listed("TRAINING"))] if json_ else choice("TRAINING")))
 
 
 @app.command()
@@ -218,7 +219,7 @@ def latency(
         if own_kernels:
             use_own_kernels()
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
-        print(json.dumps([asdict(row) for row in rows]) if json_ else table(rows))
+        say(*(json.dumps([asdict(row) for row in rows]) if json_ else table(rows)).split("\n"))
 
 
 @app.command()
@@ -289,7 +290,7 @@ def classify(
                 picture = decode(path.read_bytes())
             except (OSError, SampleError) as error:
                 failed[str(path)] = getattr(error, "strerror", None) or str(error)
-                print(f"error: {path}: {failed[str(path)]}; give image files", file=sys.stderr)
+                say(f"error: {path}: {failed[str(path)]}; give image files", file=sys.stderr)
                 continue
             probabilities = classifier.classify([picture])[0]
             best = probabilities.argsort(descending=True)[:3].tolist()
@@ -311,7 +312,7 @@ def _suite(
     if not isinstance(loaded, Student):
         raise ConfigError(f"{student} knows its own classes only; a suite needs a student of two towers")
     report = evaluate_suite(loaded, folders[0], batch_size, precision)
-    print(json.dumps(asdict(report)) if json_ else report.table())
+    say(*([json.dumps(asdict(report))] if json_ else report.table().split("\n")))
     if report.failed:
         raise typer.Exit(1)
 

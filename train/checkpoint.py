@@ -95,8 +95,9 @@ def _read(path: Path, config: LoopConfig, data: str) -> tuple[int, dict[str, dic
         found.append("  the data: it learned from other samples, or their content has changed")
     if found:
         raise ConfigError(
-            f"{path} belongs to a training with other settings:\n" + "\n".join(found) + "\n"
-            "Go on with the settings it was begun with, or give another --out."
+            f"{path} belongs to a training with other settings:",
+            *found,
+            "Go on with the settings it was begun with, or give another --out.",
         )
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

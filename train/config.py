@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from reinforce.config import CAPTION_FILES, CaptionFiles, CaptionKeys, CaptionLines, Config, ViewSet
+from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, CaptionLines, Config, ViewSet
 from reinforce.recipes import load
 
 Reporter = Literal["tensorboard", "wandb"]
@@ -44,8 +44,8 @@ class ComkdConfig(Config):
 class DataConfig(Config):
     """One of several parts that a training learns from."""
 
-    shards: str = Field(description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
-    store: str | None = Field(None, description="what teachers know of these shards; none: captions alone")
+    shards: Address = Field(description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
+    store: Address | None = Field(None, description="what teachers know of these shards; none: captions alone")
     weight: float = Field(
         1.0, gt=0, description="how often an epoch goes through them, as open_clip's train_data_upsampling_factors"
     )
@@ -73,8 +73,8 @@ class TrainConfig(LoopConfig):
     # What is learned, and from what.
     student: str = Field("mamba_tiny", description="a name of the table (train/students/configs), or a folder")
     force_image_size: int | None = Field(None, ge=1, description="pixels per side in place of the student's own")
-    shards: str = Field("", description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
-    store: str | None = Field(
+    shards: Address = Field("", description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
+    store: Address | None = Field(
         None, description="what teachers know about these shards; without it, plain CLIP training (distill=0)"
     )
     data: list[DataConfig] = Field(
@@ -151,7 +151,9 @@ class TrainConfig(LoopConfig):
         description="what these copies may take, the oldest go first; by default what the disk has room for",
     )
 
-    eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout, or tars with captions")
+    eval_sets: dict[str, Address] = Field(
+        {}, description="name: folder in CLIP_benchmark's layout, or tars with captions"
+    )
 
     free: ClassVar[frozenset[str]] = LoopConfig.free | {
         "workers",

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from reinforce import signals
 from reinforce.errors import Diverged
+from reinforce.lines import say
 from reinforce.terminal import own_version
 from train import checkpoint
 from train.average import Average
@@ -123,7 +124,7 @@ class Training(ABC, Generic[P]):
             self.out.mkdir(parents=True, exist_ok=True)
             saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}
             (self.out / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
-            print(
+            say(
                 f"{self.describe()}, steps {step} to {self.num_steps}, {self.samples_per_step} samples each",
                 file=sys.stderr,
             )

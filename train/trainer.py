@@ -144,11 +144,11 @@ class _Fit(Training[Batch]):
             "samples": self.loader.order.num_samples,
             "skipped": self.source.num_skipped,
             "device": str(self.ranks.device),
-            "scans": scan.describe(self.ranks.device),
+            "scans": scan.describe(self.ranks.device) if self.student.scans else None,
             **ended.speed,
             "metrics": ended.metrics,
             "collapse": ended.collapse,
-            "eval_sets": self.config.eval_sets,
+            "eval_sets": self._addresses,
             "evaluated": ended.evaluated,
         }
         if self.ranks.is_first:
@@ -160,14 +160,19 @@ class _Fit(Training[Batch]):
     def done(self, report: dict[str, Any]) -> dict[str, Any]:
         """The report of a training that had come to its end before, with the sets that are new to it."""
         # Reports written before there was `eval_sets` name their sets, and not where these lie.
-        known = report.setdefault("eval_sets", {n: self.config.eval_sets.get(n) for n in report["evaluated"]})
-        new = {name: url for name, url in self.config.eval_sets.items() if known.get(name) != url}
+        known = report.setdefault("eval_sets", {n: self._addresses.get(n) for n in report["evaluated"]})
+        new = {name: url for name, url in self._addresses.items() if known.get(name) != url}
         if new and self.ranks.is_first:
             with self.averaged():
                 report["evaluated"] |= self.model.evaluate({name: self.eval_sets[name] for name in new})
             known |= new
             self._write(report)
         return report
+
+    @property
+    def _addresses(self) -> dict[str, str]:
+        """Of the evaluation sets, as they are saved."""
+        return dict(self.config.model_dump(mode="json")["eval_sets"])
 
     def _write(self, report: dict[str, Any]) -> None:
         partial = self.out / f"{REPORT}.partial"

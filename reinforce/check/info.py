@@ -37,8 +37,8 @@ def info(url: str) -> dict[str, Any]:
     are counted raw (2 bytes per number) and as stored."""
     store = Store(url)
     if store.manifest() is None and (notes := refused(url)):
-        told = "\n".join(f"  {shard}: {note['why']}" for shard, note in notes.items())
-        raise StoreError(f"no store at {url}: nothing was written of the shards that a run was given\n{told}")
+        told = [f"  {shard}: {note['why']}" for shard, note in notes.items()]
+        raise StoreError(f"no store at {url}: nothing was written of the shards that a run was given", *told)
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
     quarantined: Counter[str] = Counter()
@@ -109,6 +109,14 @@ def quarantine(url: str) -> Iterator[dict[str, str]]:
             continue
         except StoreError as error:
             log.warning("the quarantine of %s is left out: %s", shard, error)
+            continue
+        if len(keys) != len(statuses):
+            log.warning(
+                "the quarantine of %s is left out: it has %d keys and %d statuses; verify the store",
+                shard,
+                len(keys),
+                len(statuses),
+            )
             continue
         for key, status in zip(keys, statuses, strict=True):
             if status != Status.GOOD:

@@ -25,6 +25,8 @@ from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
 OTHER_IMAGES = {*("avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jxl", "jp2", "svg", "ico", "jfif")}
+# Bytes of a file that is read; 64 MiB are two thirds of a byte for each pixel that an image may have.
+LIMITS = dict.fromkeys(IMAGES, 64 << 20) | dict.fromkeys(captions.EXTENSIONS, 1 << 20)
 KNOWN = {*IMAGES, *OTHER_IMAGES, *captions.EXTENSIONS, captions.LABEL}
 _END = 1 << 14  # bytes at either end of a tar that its stamp looks at
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -144,11 +146,12 @@ def read(shard: Shard, files: CaptionFiles | None = CAPTION_FILES, notes: Notes 
                     f"{key}: comes twice; give each sample one key, its files side by side: tar --sort=name",
                 )
             extension = _image(key, members)
+            _check_length(key, extension, members)
             for name in members:
                 if name not in KNOWN:
                     notes.add("unused_extension", f"{key}.{name}")
             parts = {name: member.data for name, member in members.items() if not member.odd}
-            texts = captions.captions(key, parts, files) if files else ()
+            texts = _captions(key, members, parts, files) if files else ()
             if files and not files.lines and captions.num_lines(parts.get("txt", b"")) > 1:
                 notes.add("several_lines", f"{key}.txt")
             sample = Sample(key, parts[extension], texts, offset=members[extension].offset)
@@ -161,7 +164,8 @@ def read(shard: Shard, files: CaptionFiles | None = CAPTION_FILES, notes: Notes 
 
 
 def read_parts(shard: Shard, extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and {extension: bytes} of every sample, in the tar's order; of other extensions the bytes are left out.
+    """Key and {extension: bytes} of every sample, in the tar's order; of other extensions, and of files that are larger
+    than LIMITS allows, the bytes are left out.
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
@@ -174,9 +178,9 @@ def _samples(
 ) -> Iterator[tuple[str, dict[str, Member]]]:
     """Key and members by extension of every sample."""
 
-    def wanted(path: str) -> bool:
+    def wanted(path: str, length: int) -> bool:
         name = split(path)
-        return name is not None and name[1] in extensions
+        return name is not None and name[1] in extensions and length <= LIMITS.get(name[1], length)
 
     for key, copies in groups(tars.members(shard.url, wanted), notes):
         for members in copies:
@@ -272,6 +276,26 @@ def _image(key: str, parts: Mapping[str, Member]) -> str:
         pictures = "1 picture" if len(dotted) == 1 else f"{len(dotted)} pictures"
         remedy = f"a key ends at the first dot, so that '{dotted[0]}' is an extension ({pictures} so): rename the files"
     raise SampleError(Status.MISSING_IMAGE, f"{key}: has no image, only {few}; {remedy}")
+
+
+def _check_length(key: str, extension: str, members: Mapping[str, Member]) -> None:
+    length, limit = members[extension].length, LIMITS[extension]
+    if length > limit:
+        raise SampleError(
+            Status.FILE_TOO_LARGE, f"{key}.{extension}: has {length} bytes, and at most {limit} are read; shrink it"
+        )
+
+
+def _captions(key: str, members: Mapping[str, Member], parts: dict[str, bytes], files: CaptionFiles) -> tuple[str, ...]:
+    """Its captions, none of a file that is too large. Such a json matters only where there is no other caption."""
+    if "txt" in parts:
+        _check_length(key, "txt", members)
+    try:
+        return captions.captions(key, parts, files)
+    except SampleError:
+        if "json" in parts:
+            _check_length(key, "json", members)
+        raise
 
 
 def _dotted_images(parts: Iterable[str]) -> list[str]:

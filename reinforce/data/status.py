@@ -21,6 +21,7 @@ class Status(IntEnum):
     CAPTION_JSON_BROKEN = 12
     NO_RECORD = 13  # in what was imported
     OTHER_SIZE = 14  # than the image that was reinforced elsewhere
+    FILE_TOO_LARGE = 15
 
     @property
     def reason(self) -> str:

@@ -20,6 +20,11 @@ _FAULTS = (tarfile.TarError, OSError, ValueError, IndexError)
 _NAMES: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
+MAX_HEADER_BYTES = 1 << 20  # of what comes before a member: its name, its PAX records
+_EXTENSIONS = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE}
+_EXTENSIONS |= {tarfile.SOLARIS_XHDTYPE}
+
+
 class Member(NamedTuple):
     """A file of a tar: where its bytes begin, how many there are, and they themselves where they were wanted. `odd` is
     what it is where it is no plain file and no link to one; then it has no bytes."""
@@ -30,8 +35,8 @@ class Member(NamedTuple):
     odd: Odd | None = None
 
 
-def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Member]]:
-    """Name and member of every file, in order; of those that are not wanted, no bytes.
+def members(url: str, wanted: Callable[[str, int], bool]) -> Iterator[tuple[str, Member]]:
+    """Name and member of every file, in order; of those that are not wanted, asked by name and length, no bytes.
 
     Raises ShardError where it shows that the tar cannot be read to its end.
     """
@@ -40,7 +45,7 @@ def members(url: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Memb
             stream = _File(file)
             with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, **_NAMES) as tar:
                 for header, member in _files(tar):
-                    if member.length and wanted(header.name):
+                    if member.length and wanted(header.name, member.length):
                         data = stream.at(member) if header.islnk() else tar.extractfile(header).read()  # type: ignore[union-attr]
                         member = member._replace(data=data)
                     yield header.name, member
@@ -146,7 +151,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its stubs leave it out
             raise
         except tarfile.HeaderError:
@@ -155,3 +160,6 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(
                 f"it holds {bytes(buf[:8])!r} where a tar header should be (not a tar, compressed, or damaged)"
             ) from None
+        if header.type in _EXTENSIONS and header.size > MAX_HEADER_BYTES:  # tarfile reads it whole
+            raise tarfile.ReadError(f"a name or another field of a header has {header.size} bytes")
+        return header

@@ -146,7 +146,8 @@ def export_keys(
     with errors_as_sentences():
         from reinforce.exchange.captions import export_keys as run
 
-        lines = (json.dumps(told, ensure_ascii=False) for told in run(store, shards))
+        # On a terminal no caption may steer it.
+        lines = (json.dumps(told, ensure_ascii=out is None) for told in run(store, shards))
         if out is None:
             for line in lines:
                 print(line)

@@ -14,12 +14,13 @@ import numpy as np
 
 from reinforce.config import ORIGINAL, Captioner, Recipe, ViewSet
 from reinforce.data import augment, shards
+from reinforce.data.resize import Picture
 from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import ConfigError, ManifestMismatch, ReplayError, ShardError
 from reinforce.exchange import datacompdr
 from reinforce.exchange.datacompdr import NoRecord, Record
 from reinforce.progress import Progress
-from reinforce.run.batches import Batch, Rows, batches
+from reinforce.run.batches import ROOM_BYTES, Batch, Room, Rows, batches
 from reinforce.run.reports import RunReport, ShardReport
 from reinforce.store.columns import DIGEST, KEY, PLACE, SIZE, STATUS, Column
 from reinforce.store.manifest import Manifest
@@ -170,8 +171,10 @@ def _import(
     start = time.monotonic()
     stamp = shards.stamp(shard.url)
     made = _Columns(recipe, widths, source.of_shard(shard), source.absent)
-    for batch in batches(shard, made.rows, _AT_ONCE, recipe.caption_files, pool):
+    room = Room(ROOM_BYTES)
+    for batch in batches(shard, made.rows, _AT_ONCE, recipe.caption_files, pool, room):
         made.take(batch, pool)
+        del batch  # its pictures make room for the next
     rows = made.rows
     error = (source.measured and made.enlarged(shard)) or rows.refusal(shard.url, max_invalid)
     report = ShardReport(shard.name, len(rows.keys), rows.quarantined, seconds=time.monotonic() - start, error=error)
@@ -215,17 +218,21 @@ class _Columns:
         """The good samples of a batch, of which those without a fitting record are none."""
         [view_set] = self.recipe.view_sets.values()
 
-        def hashes(row: int, record: Record | None, picture: Any) -> np.ndarray | None:
+        def hashes(index: int, record: Record | None) -> np.ndarray | None:
             if record is None:
                 return None
-            try:
-                views = (augment.replay(picture, p, self.rows.sizes[row], view_set.view_px) for p in record.params)
+
+            def of_views(picture: Picture) -> np.ndarray:
+                views = (augment.replay(picture, p, batch.sizes[index], view_set.view_px) for p in record.params)
                 return np.array([augment.pixel_hash(view) for view in views], np.uint64)
+
+            try:
+                return batch.use(index, of_views)
             except ReplayError:
                 return None
 
         records = [self._record(sample, row) for sample, row in zip(batch.samples, batch.rows, strict=True)]
-        hashed = pool.map(hashes, batch.rows, records, batch.pictures)
+        hashed = pool.map(hashes, range(len(batch.rows)), records)
         for row, sample, record, pixels in zip(batch.rows, batch.samples, records, hashed, strict=True):
             if record is None or pixels is None:
                 self._leave_out(row, Status.OTHER_SIZE if record else Status.NO_RECORD, sample.key)

@@ -5,7 +5,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from reinforce import process
 from reinforce.config import TIMM, Model
 from reinforce.errors import ConfigError
 from reinforce.models import tensorfile, timm
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
 from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
+from reinforce.models.tokenizer import get_tokenizer
+from reinforce.models.weights import OFFLINE, not_loaded
 
 _CONFIG = "open_clip_config.json"
 SCHEMAS = ("local-dir:", "hf-hub:")
 QUICK = 1.702  # of open_clip's QuickGELU
+log = logging.getLogger(__name__)
 
 
 class FrozenModel:
@@ -197,9 +202,22 @@ def _check(config: Model, random_seed: int | None) -> None:
     tag = open_clip.get_pretrained_cfg(config.model, config.pretrained) if config.pretrained else {}
     if tag:
         _check_activation(config, bool(tag.get("quick_gelu", False)))
+    elif random_seed is None and _is_torchscript(config):
+        _check_activation(config, True)
     elif random_seed is None and not (config.pretrained and os.path.isfile(config.pretrained)):
         tags = open_clip.list_pretrained_tags_by_model(config.model)
-        raise ConfigError(f"{config.model}: '{config.pretrained}' is neither a file nor a tag; tags: {', '.join(tags)}")
+        raise ConfigError(
+            f"{config.model}: '{config.pretrained}' is neither a file nor a tag; tags: {', '.join(tags)}; {OFFLINE}"
+        )
+    elif random_seed is None:
+        base, dash, _ = config.model.partition("-quickgelu")
+        if f"{base}-quickgelu" in open_clip.list_models():
+            log.warning(
+                "%s,%s runs with %s: a file does not say what its weights were trained with (OpenAI's, DFN's and "
+                "MetaCLIP's were with QuickGELU); if with the other, the model is %s",
+                *(config.model, config.pretrained),
+                *(("QuickGELU", base) if dash else ("GELU", f"{base}-quickgelu")),
+            )
 
 
 def _check_activation(config: Model, weights_quick_gelu: bool) -> None:
@@ -233,22 +251,39 @@ def _create_open_clip(config: Model, random_seed: int | None, given: dict[str, A
     if random_seed is not None:
         torch.manual_seed(random_seed)
     process.timm_without_warnings()
+    script = random_seed is None and _is_torchscript(config)
+    reads = random_seed is None and not script
     try:
         model = open_clip.create_model(
             config.model,
-            pretrained=None if random_seed is not None else config.pretrained,
-            load_weights=random_seed is None,
-            require_pretrained=random_seed is None,
+            pretrained=config.pretrained if reads else None,
+            load_weights=reads,
+            require_pretrained=reads,
             pretrained_text=False,
             force_image_size=image_px,
             force_preprocess_cfg=preprocess | given,
         )
-    except (RuntimeError, ValueError, OSError) as error:  # what open_clip raises for files it cannot get, read or fit
-        raise ConfigError(f"{config.model},{config.pretrained} cannot be loaded: {error}") from error
+        if script:
+            weights = open_clip.load_openai_model(str(config.pretrained), "fp32", "cpu").state_dict()
+            open_clip.model.resize_pos_embed(weights, model)
+            model.load_state_dict(weights)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file may hold anything: open_clip asserts, indexes and unpickles
+        raise not_loaded(config, error) from error
     if random_seed is not None and isinstance(model, open_clip.CoCa):
         head = model.text_decoder.text_projection  # open_clip leaves it as the memory was
         nn.init.normal_(head, std=6 * head.shape[0] ** -0.5)  # so spread, a nucleus is small, as that of a trained one
     return model
+
+
+def _is_torchscript(config: Model) -> bool:
+    """Whether its file is a TorchScript archive, as OpenAI's own are: trained with QuickGELU, and read by no other
+    door of open_clip's."""
+    if not config.pretrained or not zipfile.is_zipfile(config.pretrained):
+        return False
+    with zipfile.ZipFile(config.pretrained) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _square(config: Model, size: int | tuple[int, int]) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from reinforce import process
 from reinforce.config import TIMM, Model
 from reinforce.errors import ConfigError, MissingExtra
+from reinforce.models.weights import not_loaded
 
 try:
     process.import_torchvision()
@@ -72,8 +73,10 @@ def create(config: Model, random_seed: int | None, image_px: int | None) -> Imag
             num_classes=0,
             **sized,
         )
-    except (RuntimeError, ValueError, OSError) as error:  # what timm raises for weights it cannot get, read or fit
-        raise ConfigError(f"{config.model},{config.pretrained} cannot be loaded: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a file may hold anything
+        raise not_loaded(config, error) from error
     data: Any = resolve_model_data_config(trunk)  # type: ignore[no-untyped-call]
     _, height, width = data["input_size"]
     size = (image_px, image_px) if image_px else (height, width)

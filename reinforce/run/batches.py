@@ -1,11 +1,17 @@
-"""What the models take: a shard as batches of decoded pictures, a batch as views, made ahead of need in threads."""
+"""What the models take: a shard as batches of decoded pictures, a batch as views, made ahead of need in threads.
 
+What is decoded ahead of need is kept as long as there is room; of a picture that found none the views are made as soon
+as it is decoded again. So pixels do not depend on the room, and memory hardly on how large the pictures are.
+"""
+
+import threading
+import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +23,10 @@ from reinforce.data.shards import Sample, Shard, Status
 from reinforce.errors import SampleError
 
 T = TypeVar("T")
+Seen: TypeAlias = dict[str, np.ndarray]  # what captioners see of a picture, by their names
+
+ROOM_BYTES = 1 << 30  # of a worker on a CPU
+LARGEST_SHARE = 16  # a picture that takes more of a room than this part of it is not kept: threads make crops of it
 
 
 @dataclass
@@ -69,13 +79,56 @@ class Rows:
         )
 
 
+class Room:
+    """Bytes that the pictures of a worker and their files may take, all its shards together. What is in it gives its
+    bytes back when it is let go of."""
+
+    def __init__(self, num_bytes: int, largest_share: int = LARGEST_SHARE) -> None:
+        self.num_bytes, self._free, self._largest = num_bytes, num_bytes, num_bytes // largest_share
+        self._changes = threading.RLock()  # a thread that takes may be made to collect what gives back
+
+    def __bool__(self) -> bool:
+        """Whether there is some left."""
+        return self._free > self._largest
+
+    def keep(self, picture: Image.Image) -> resize.Picture | None:
+        """The picture as `resize.ready` makes it, where there is room for it."""
+        num = 4 * picture.width * picture.height
+        with self._changes:
+            if num > min(self._free, self._largest):
+                return None
+            self._free -= num
+        kept = resize.ready(picture)
+        weakref.finalize(kept, self._give, num)
+        return kept
+
+    def charge(self, sample: Sample) -> None:
+        """Its file is there already, whether there is room or not."""
+        self._give(-len(sample.image))
+        weakref.finalize(sample, self._give, len(sample.image))
+
+    def _give(self, num: int) -> None:
+        with self._changes:
+            self._free += num
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Good samples that go through the models together, and where they stand in the shard."""
+    """Good samples that go through the models together, and where they stand in the shard. Of each the size (height,
+    width) in pixels; what captioners see of it; and the picture as `resize.ready` makes it, where there was room."""
 
     rows: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+    pictures: list[resize.Picture | None] = field(default_factory=list)
+
+    def use(self, index: int, use: Callable[[resize.Picture], T]) -> T:
+        """What `use` makes of the picture of one sample, which is decoded again where it was not kept."""
+        kept = self.pictures[index]
+        if kept is not None:
+            return use(kept)
+        return images.decode_for(lambda picture: use(resize.ready(picture)), self.samples[index].image)
 
 
 @dataclass(frozen=True)
@@ -87,23 +140,43 @@ class View:
     pixels: dict[int, np.ndarray]
 
 
-def batches(shard: Shard, rows: Rows, batch_size: int, files: CaptionFiles | None, pool: Executor) -> Iterator[Batch]:
-    """Decodes every sample once and notes it in `rows`; yields the good ones. Composition depends on the tar alone."""
+def batches(
+    shard: Shard,
+    rows: Rows,
+    batch_size: int,
+    files: CaptionFiles | None,
+    pool: Executor,
+    room: Room,
+    keep: bool = True,
+    see: Callable[[Image.Image], Seen] = lambda picture: {},
+) -> Iterator[Batch]:
+    """Decodes every sample once and notes it in `rows`; yields the good ones. Composition depends on the tar alone.
+
+    `keep`: pictures, as long as there is `room`. `see`: asked once of each good one.
+    """
+
+    def decode(sample: Sample) -> _Decoded:
+        room.charge(sample)
+        return _decoded(sample, room.keep if keep else lambda picture: None, see)
+
     batch = Batch()
     samples = shards.read(shard, files, rows.notes)
     while group := list(islice(samples, batch_size)):
-        for sample, (status, digest, picture, detail) in zip(group, pool.map(_decode, group), strict=True):
-            if status != Status.GOOD:
-                rows.details.setdefault(status, detail)
+        for sample, found in zip(group, pool.map(decode, group), strict=True):
+            if found.status != Status.GOOD:
+                rows.details.setdefault(found.status, found.detail)
+            good = found.status == Status.GOOD
             rows.keys.append(sample.key)
-            rows.digests.append(digest)
-            rows.places.append((sample.offset, len(sample.image)) if picture else (0, 0))
-            rows.statuses.append(status)
-            rows.sizes.append((picture.height, picture.width) if picture else (0, 0))
-            if picture:
+            rows.digests.append(found.digest)
+            rows.places.append((sample.offset, len(sample.image)) if good else (0, 0))
+            rows.statuses.append(found.status)
+            rows.sizes.append(found.size)
+            if good:
                 batch.rows.append(len(rows.keys) - 1)
                 batch.samples.append(sample)
-                batch.pictures.append(picture)
+                batch.sizes.append(found.size)
+                batch.seen.append(found.seen)
+                batch.pictures.append(found.picture)
             if len(batch.rows) == batch_size:
                 yield batch
                 batch = Batch()
@@ -112,45 +185,77 @@ def batches(shard: Shard, rows: Rows, batch_size: int, files: CaptionFiles | Non
 
 
 def views(
-    batch: Batch, view_set: ViewSet, set_name: str, seed: int, sides: Iterable[int], pool: Executor
+    batch: Batch, view_set: ViewSet, set_name: str, seed: int, sides: Iterable[int], pool: Executor, num_bytes: int
 ) -> Iterator[View]:
-    """The views of a batch, one index after the other, each replayed at every size that a model needs."""
+    """The views of a batch, one index after the other, each replayed at every size that a model needs.
 
-    sizes = [(picture.height, picture.width) for picture in batch.pictures]
-    pictures = list(pool.map(resize.ready, batch.pictures))
+    Where a picture of the batch was not kept, as many views are made at a time as take `num_bytes`, and at least one.
+    """
+    sides = list(sides)
 
-    def make(
-        sample: Sample, picture: resize.Picture, size: tuple[int, int], index: int
-    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        params = augment.draw(view_set, seed, set_name, sample.key, index, size)
-        return params, {side: augment.replay(picture, params, size, side) for side in sides}
+    def make(row: int, indices: range) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
+        size, key = batch.sizes[row], batch.samples[row].key
+        params = [augment.draw(view_set, seed, set_name, key, index, size) for index in indices]
 
-    for index in range(view_set.num_views):
-        made = list(pool.map(make, batch.samples, pictures, sizes, [index] * len(batch.rows)))
-        pixels = {side: np.stack([replayed[side] for _, replayed in made]) for side in sides}
-        yield View(index, np.stack([params for params, _ in made]), pixels)
+        def replayed(picture: resize.Picture) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
+            return [(p, {side: augment.replay(picture, p, size, side) for side in sides}) for p in params]
+
+        return batch.use(row, replayed)
+
+    num, at_once = len(batch.rows), 1
+    if any(picture is None for picture in batch.pictures):
+        at_once = max(1, num_bytes // max(1, sum(3 * num * side * side for side in sides)))
+    for first in range(0, view_set.num_views, at_once):
+        indices = range(first, min(first + at_once, view_set.num_views))
+        made = list(pool.map(make, range(num), [indices] * num))
+        for place, index in enumerate(indices):
+            of_all = [of_sample[place] for of_sample in made]
+            pixels = {side: np.stack([replayed[side] for _, replayed in of_all]) for side in sides}
+            yield View(index, np.stack([params for params, _ in of_all]), pixels)
+        del made  # before the next are made
 
 
-def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, of which `depth` are made ahead of need in a thread. Starts at once, not at the first item."""
+def ahead(items: Iterator[T], depth: int, room: Room | None = None) -> Iterator[T]:
+    """The same items, of which `depth` are made ahead of need in a thread; where there is no `room` left, only the
+    next. Starts at once, not at the first item."""
     thread = ThreadPoolExecutor(1)
     done = object()
-    pending = deque(thread.submit(next, items, done) for _ in range(depth))
+    pending = deque(thread.submit(next, items, done) for _ in range(depth if room is None else 1))
 
     def taken() -> Iterator[T]:
         with thread:
             while (item := pending.popleft().result()) is not done:
-                pending.append(thread.submit(next, items, done))
+                while not pending or (len(pending) < depth and (room is None or room)):
+                    pending.append(thread.submit(next, items, done))
                 yield item  # type: ignore[misc]
+                del item  # its pictures go before the next are waited for
 
     return taken()
 
 
-def _decode(sample: Sample) -> tuple[Status, int, Image.Image | None, str]:
-    """Status, digest, picture, and what is wrong where something is."""
+@dataclass(frozen=True)
+class _Decoded:
+    """What there is to know of a sample; of a bad one, what is wrong."""
+
+    status: Status
+    detail: str = ""
+    digest: int = 0
+    size: tuple[int, int] = (0, 0)
+    seen: Seen = field(default_factory=dict)
+    picture: resize.Picture | None = None
+
+
+def _decoded(
+    sample: Sample, keep: Callable[[Image.Image], resize.Picture | None], see: Callable[[Image.Image], Seen]
+) -> _Decoded:
     if sample.status != Status.GOOD:
-        return sample.status, 0, None, sample.detail
+        return _Decoded(sample.status, sample.detail)
+
+    def used(picture: Image.Image) -> _Decoded:
+        size = (picture.height, picture.width)
+        return _Decoded(Status.GOOD, "", shards.image_digest(sample.image), size, see(picture), keep(picture))
+
     try:
-        return Status.GOOD, shards.image_digest(sample.image), images.decode(sample.image), ""
+        return images.decode_for(used, sample.image)
     except SampleError as error:
-        return Status(error.status), 0, None, f"{sample.key}: {error}"
+        return _Decoded(Status(error.status), f"{sample.key}: {error}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from reinforce import process, signals
 from reinforce.errors import ConfigError, MissingExtra, ReinforceError
-from reinforce.progress import say
+from reinforce.progress import tell
 
 _ANSWER_S = 20.0  # for a cluster that is joined, and for its head when it is lost. Ray aborts after 60 s
 _LOOK_S = 3.0
@@ -85,10 +85,10 @@ def joined(num_workers: int) -> Iterator[Cluster]:
         # would stand in the way of our package. Started in the folder of our packages, workers find the driver's code.
         with contextlib.chdir(Path(__file__).parents[2]):
             if address:
-                say(f"Ray: joining the cluster at {address}")
+                tell(f"Ray: joining the cluster at {address}")
                 _join(ray, address, quiet)
             else:
-                say("Ray: starting on this machine")
+                tell("Ray: starting on this machine")
                 num_cpus = max(os.cpu_count() or 1, min(num_workers, 1024))
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         signals.take_again()

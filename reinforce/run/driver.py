@@ -15,7 +15,7 @@ from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard, expand, stamp, tar_bytes
 from reinforce.errors import ConfigError, Corrupt, NotCommitted, ShardError
-from reinforce.progress import Progress, say
+from reinforce.progress import Progress, tell
 from reinforce.run.on_ray import Crew
 from reinforce.run.reports import Failure, RunReport, ShardReport
 from reinforce.store.columns import CLASSES, DIGEST, Column, class_columns, columns
@@ -115,7 +115,7 @@ def _here(
     from reinforce.run.worker import Worker  # loads torch and open_clip: not for a run that finds nothing to do
 
     with process.torch_threads_kept():  # a worker on a CPU sets their number, and this process may be the user's
-        say(f"loading the models of {recipe.name}")
+        tell(f"loading the models of {recipe.name}")
         worker = Worker(recipe, store_url, options)
 
         def tried(shard: Shard) -> tuple[ShardReport, int]:

@@ -11,17 +11,20 @@ from reinforce.models.captioner import Captioner
 from reinforce.models.device import device_fault
 from reinforce.models.ensemble import Ensemble
 from reinforce.models.teacher import Teacher
+from reinforce.run.batches import ROOM_BYTES, Room
 from reinforce.run.view_processes import ViewProcesses
 
 
 class Loaded:
-    """`threads` of a shard's pool, and `views_ahead`, how many views of a batch are made ahead of need."""
+    """`threads` of a shard's pool, `views_ahead`, how many views of a batch are made ahead of need, and the `room` for
+    pictures of all shards."""
 
     def __init__(self, recipe: Recipe, device: torch.device, options: RunOptions) -> None:
         """Raises ConfigError, DeviceLost."""
         self.recipe = recipe
         self.threads = options.decode_threads or decode_threads(device)
         self.views_ahead = 2 if device.type == "cpu" else 8
+        self.room = Room(options.decode_bytes or decode_bytes(device))
         try:
             self.teachers = {
                 name: Teacher(config, recipe.batch_size, device, recipe.random_seed)
@@ -53,7 +56,7 @@ class Loaded:
         """So many that make views, in all sizes in which these models can ask for them."""
         of_teachers = {teacher.image_px for teacher in self.teachers.values()}
         sides = {name: of_teachers | {view_set.view_px} for name, view_set in self.recipe.view_sets.items()}
-        return ViewProcesses(num, self.recipe.batch_size, sides)
+        return ViewProcesses(num, self.recipe.batch_size, sides, self.room.num_bytes)
 
 
 def num_gpus() -> int:
@@ -69,6 +72,11 @@ def decode_threads(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return min(8, max(2, len(os.sched_getaffinity(0)) // num_gpus() - 2))
+
+
+def decode_bytes(device: torch.device) -> int:
+    """Of pictures. A GPU asks for more at a time, and its machine has more memory."""
+    return ROOM_BYTES if device.type != "cuda" else 8 * ROOM_BYTES
 
 
 def view_processes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, ReinforceError
-from reinforce.progress import say
+from reinforce.progress import tell
 from reinforce.run.cluster import joined
 from reinforce.run.reports import ShardReport
 
@@ -79,7 +79,7 @@ class Crew:
             device = self.cluster.device(self.options.device)
             self.needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             self.found = self.cluster.has()
-            say(f"Ray: {self.found}; {self._asks()}")
+            tell(f"Ray: {self.found}; {self._asks()}")
             self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
             # The device and not `auto`: a worker with a GPU that its torch cannot use must fail, not go on without it.
             self.arguments = (self.recipe, self.store_url, self.options.but(device=device), str(Path.cwd()))
@@ -151,7 +151,7 @@ class Crew:
                         member.loading, self._failed_starts = None, 0
                         num_ready = sum(not m.loading for m in self.members)
                         seconds = time.monotonic() - member.hired
-                        say(f"worker {num_ready} of {len(self.members)} is ready, after {seconds:.0f} s")
+                        tell(f"worker {num_ready} of {len(self.members)} is ready, after {seconds:.0f} s")
                     else:
                         member.raised = []
                         del member.shards[ref]

@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from reinforce.lines import plain, without_secrets
+
 
 @dataclass(frozen=True)
 class ShardReport:
@@ -40,6 +42,10 @@ class Failure:
     noted: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     final: bool = True
+
+    def __post_init__(self) -> None:
+        """What a library said of an address has no secrets here."""
+        object.__setattr__(self, "reason", plain(without_secrets(self.reason)))
 
 
 @dataclass

@@ -1,26 +1,25 @@
 """One shard in the making: what its batches ask of the models, and the columns that come of the answers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
+from PIL import Image
 
 from reinforce.config import ORIGINAL
 from reinforce.data import augment
 from reinforce.data.shards import Shard
 from reinforce.errors import ManifestMismatch
 from reinforce.models.ensemble import Answers
-from reinforce.run.batches import Batch, Rows, View, ahead, views
+from reinforce.run.batches import Batch, Rows, Seen, View, ahead, views
 from reinforce.run.loaded import Loaded
 from reinforce.store.columns import DIGEST, IDENTITY, KEY, PLACE, STATUS, Column
 from reinforce.store.packing import MEASURED, loss
 from reinforce.store.refused import accept, refuse
 from reinforce.store.store import Store, identity, said_of
-
-Inputs: TypeAlias = dict[str, np.ndarray]
 
 
 class ShardWork:
@@ -53,20 +52,15 @@ class ShardWork:
             "`clip-reinforce import captions`, and go on with `clip-reinforce extend`"
         )
 
-    def prepared(self, found: Iterable[Batch], pool: Executor) -> Iterator[tuple[Batch, Inputs]]:
-        """Batches with what the captioners see of them: uint8 (n, side, side, 3) for each that is wanted."""
-        captioners = {
-            name: captioner
+    def see(self, picture: Image.Image) -> Seen:
+        """What the captioners that are wanted see of a picture: uint8 (side, side, 3)."""
+        return {
+            name: captioner.preprocess(picture)
             for name, captioner in self.loaded.captioners.items()
             if Column("text", name, "caption") in self.answers
         }
-        for batch in found:
-            yield (
-                batch,
-                {name: np.stack(list(pool.map(c.preprocess, batch.pictures))) for name, c in captioners.items()},
-            )
 
-    def answer(self, batch: Batch, inputs: Inputs, pool: Executor) -> None:
+    def answer(self, batch: Batch, pool: Executor) -> None:
         """Ask the models for all that is missing about one batch."""
         self.good += batch.rows
         views_ahead = {name: self._views_ahead(name, batch, pool) for name in self.recipe.view_sets}
@@ -77,7 +71,7 @@ class ShardWork:
         texts = {ORIGINAL: originals}
         for name in (name for name in self.recipe.text_sets if name != ORIGINAL):
             if any(column.kind == "text" and column.set == name for column in self.wanted):
-                texts[name] = self._captions(name, batch, inputs)
+                texts[name] = self._captions(name, batch)
         tokens = pool.submit(self._tokens, texts)  # meanwhile the device works at the views
         for name, views_of_set in views_ahead.items():
             self._views(name, batch, views_of_set, pool)
@@ -142,13 +136,14 @@ class ShardWork:
                 self.rows.notes.add("fewer_captions", sample.key)
         return [list(row) for row in zip(*(sample.repeated(num) for sample in batch.samples), strict=True)]
 
-    def _captions(self, name: str, batch: Batch, inputs: Inputs) -> list[list[str]]:
+    def _captions(self, name: str, batch: Batch) -> list[list[str]]:
         """C lists of n captions, drawn now or, where a run before committed them, read back."""
         column = Column("text", name, "caption")
         if column in self.committed:
             return [list(row) for row in self._stored(column)[:, batch.rows]]
         keys = [sample.key for sample in batch.samples]
-        captions = self.loaded.captioners[name].caption(inputs[name], self.recipe.seed, name, keys)
+        pixels = np.stack([seen[name] for seen in batch.seen])
+        captions = self.loaded.captioners[name].caption(pixels, self.recipe.seed, name, keys)
         for row in captions:
             for i, caption in enumerate(row):
                 if not caption:  # the model wrote nothing: the image's own caption, if any, is the best there is
@@ -184,7 +179,8 @@ class ShardWork:
         if processes:
             made = processes.views(batch, view_set, name, self.recipe.seed, sides)
         else:
-            made = views(batch, view_set, name, self.recipe.seed, sides, pool)
+            num_bytes = self.loaded.room.num_bytes // len(self.recipe.view_sets)
+            made = views(batch, view_set, name, self.recipe.seed, sides, pool, num_bytes)
         return ahead(made, self.loaded.views_ahead)
 
     def _views(self, name: str, batch: Batch, views_of_set: Iterator[View], pool: Executor) -> None:

@@ -17,13 +17,15 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from reinforce.config import ViewSet
 from reinforce.data import augment, images, resize
 from reinforce.errors import DeviceLost
-from reinforce.run.batches import Batch, View
+from reinforce.run.batches import ROOM_BYTES, Batch, Room, View
 
 SLOTS = 3  # views that are being made at a time, so that no process waits for the slowest
 ORPHANED_S = 2.0  # how often a process looks whether its worker is still there
@@ -39,6 +41,7 @@ class _Share:
     seed: int
     first: int
     step: int
+    sides: set[int]
     keys: list[str]
     encoded: list[bytes]
 
@@ -46,12 +49,14 @@ class _Share:
 class ViewProcesses:
     """`num` processes, which end with this one."""
 
-    def __init__(self, num: int, batch_size: int, sides: Mapping[str, set[int]]) -> None:
-        """`sides`: for each view set the sizes in pixels in which its views may be asked for."""
+    def __init__(self, num: int, batch_size: int, sides: Mapping[str, set[int]], num_bytes: int = ROOM_BYTES) -> None:
+        """`sides`: for each view set the sizes in pixels in which its views may be asked for. `num_bytes`: what the
+        pictures that they keep may take together."""
         resize.has_numba()  # loaded here, it is loaded in all of them
         self._slots = {name: [_Slot(batch_size, of_set) for _ in range(SLOTS)] for name, of_set in sides.items()}
         self._processes = [
-            ProcessPoolExecutor(1, get_context("fork"), _begin, (os.getpid(), self._slots)) for _ in range(num)
+            ProcessPoolExecutor(1, get_context("fork"), _begin, (os.getpid(), self._slots, num_bytes // num))
+            for _ in range(num)
         ]
         for process in self._processes:  # which is started when it is first asked for something
             process.submit(os.getpid)
@@ -72,7 +77,7 @@ class ViewProcesses:
         for first, process in enumerate(asked):
             samples = batch.samples[first::step]
             keys, encoded = [sample.key for sample in samples], [sample.image for sample in samples]
-            held.append(process.submit(_hold, _Share(view_set, set_name, seed, first, step, keys, encoded)))
+            held.append(process.submit(_hold, _Share(view_set, set_name, seed, first, step, sides, keys, encoded)))
         pending: deque[list[Future[np.ndarray]]] = deque()
         for index in range(view_set.num_views + SLOTS):
             done = index - SLOTS
@@ -86,7 +91,7 @@ class ViewProcesses:
                 pixels = self._slots[set_name][done % SLOTS].pixels
                 yield View(done, params, {side: pixels[side][:num].copy() for side in sides})  # so the slot is free
             if index < view_set.num_views:
-                pending.append([process.submit(_make, set_name, index, index % SLOTS, sides) for process in asked])
+                pending.append([process.submit(_make, set_name, index % SLOTS) for process in asked])
 
 
 class _Slot:
@@ -103,16 +108,21 @@ class _Slot:
 
 # -- in a process ------------------------------------------------------------------------------------------------------
 
+_Views: TypeAlias = Iterator[tuple[np.ndarray, dict[int, np.ndarray]]]  # parameters (P,), and pixels of each size
+
 _slots: dict[str, list[_Slot]] = {}
-_held: dict[str, tuple[_Share, list[resize.Picture], list[tuple[int, int]]]] = {}  # of each view set, the last
+_held: dict[str, tuple[_Share, list[_Views]]] = {}  # of each view set, the last
+_room = Room(0)
 
 
-def _begin(worker: int, slots: dict[str, list[_Slot]]) -> None:
+def _begin(worker: int, slots: dict[str, list[_Slot]], num_bytes: int) -> None:
     """Ctrl-C is for the worker, which ends this process; a worker that was killed cannot."""
+    global _room
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(worker,), daemon=True).start()
     _slots.update(slots)
+    _room = Room(num_bytes, largest_share=1)
 
 
 def _end_with(worker: int) -> None:
@@ -123,18 +133,35 @@ def _end_with(worker: int) -> None:
 
 def _hold(share: _Share) -> None:
     _held.pop(share.set_name, None)  # of the batch before, whose memory is needed
-    pictures = [images.decode(encoded) for encoded in share.encoded]
-    sizes = [(picture.height, picture.width) for picture in pictures]
-    _held[share.set_name] = share, [resize.ready(picture) for picture in pictures], sizes
+    _held[share.set_name] = share, [_views(share, *of) for of in zip(share.keys, share.encoded, strict=True)]
 
 
-def _make(set_name: str, index: int, slot: int, sides: set[int]) -> np.ndarray:
-    """The parameters (n, P) of view `index` of what is held; its pixels go to the slot."""
-    share, pictures, sizes = _held[set_name]
+def _views(share: _Share, key: str, encoded: bytes) -> _Views:
+    """The views of one picture, one after the other: made when they are asked for if there is room for the picture,
+    otherwise now."""
+
+    def made(picture: Image.Image) -> _Views:
+        size = (picture.height, picture.width)
+        kept = _room.keep(picture)
+        if kept is not None:
+            return _made(share, key, size, kept)
+        return iter(list(_made(share, key, size, resize.ready(picture))))
+
+    return images.decode_for(made, encoded)
+
+
+def _made(share: _Share, key: str, size: tuple[int, int], picture: resize.Picture) -> _Views:
+    for index in range(share.view_set.num_views):
+        params = augment.draw(share.view_set, share.seed, share.set_name, key, index, size)
+        yield params, {side: augment.replay(picture, params, size, side) for side in share.sides}
+
+
+def _make(set_name: str, slot: int) -> np.ndarray:
+    """The parameters (n, P) of the next view of what is held; its pixels go to the slot."""
+    share, views = _held[set_name]
     pixels, drawn = _slots[set_name][slot].pixels, []
-    for i, (key, picture, size) in enumerate(zip(share.keys, pictures, sizes, strict=True)):
-        params = augment.draw(share.view_set, share.seed, set_name, key, index, size)
+    for i, (params, of_sides) in enumerate(map(next, views)):
         drawn.append(params)
-        for side in sides:
-            pixels[side][share.first + i * share.step] = augment.replay(picture, params, size, side)
+        for side, view in of_sides.items():
+            pixels[side][share.first + i * share.step] = view
     return np.stack(drawn)

@@ -70,12 +70,14 @@ class Worker:
         if work.awaited and not work.wanted:
             return ShardReport(shard.name, error=work.lacks(), final=True)
         with ThreadPoolExecutor(self.loaded.threads) as pool:
-            found = batches(shard, work.rows, self.recipe.batch_size, self.recipe.caption_files, pool)
-            ready = ahead(work.prepared(found, pool), 2)
+            room, keep, files = self.loaded.room, not self.loaded.view_processes, self.recipe.caption_files
+            found = batches(shard, work.rows, self.recipe.batch_size, files, pool, room, keep, work.see)
+            ready = ahead(found, 2, room)
             try:
                 with self._models:
-                    for batch, inputs in ready:
-                        work.answer(batch, inputs, pool)
+                    for batch in ready:
+                        work.answer(batch, pool)
+                        del batch  # its pictures make room for the next
             except (ShardError, ManifestMismatch) as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # the network's or the disk's fault, perhaps, and not the tar's: worth another try

@@ -7,6 +7,7 @@ repeats: so a chunk that belongs somewhere else is found out although it is whol
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -161,6 +162,19 @@ def record(data: bytes, metadata: dict[str, Any]) -> dict[str, Any]:
                 raise Corrupt("a chunk of it is damaged")
             chunks.append([offset, length, _crc(chunk)])
     return {"chunks": chunks, "index_crc32c": _crc(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def check_shape(metadata: dict[str, Any]) -> None:
+    """Raises ValueError where an array is not as large as the chunks that were written: Zarr would make room for what
+    its metadata say. Format 1 has no record of them."""
+    if "chunks" in metadata["attributes"]:
+        shape, inner = metadata["shape"], metadata["codecs"][0]["configuration"]["chunk_shape"]
+        nums = _num_chunks(shape, inner)
+        outer = [num * side for num, side in zip(nums, inner, strict=True)]
+        if outer != metadata["chunk_grid"]["configuration"]["chunk_shape"] or math.prod(nums) != len(
+            metadata["attributes"]["chunks"]
+        ):
+            raise ValueError(f"its shape is {shape}, and that of the chunks that were written another")
 
 
 class Recorded(WrapperStore[ZarrStore]):

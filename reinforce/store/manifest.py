@@ -202,9 +202,10 @@ def _compare(stored: dict[str, Any], asked: dict[str, Any], where: str) -> None:
     ]
     if lines:
         raise ManifestMismatch(
-            f"{where} was written with another recipe; nothing was changed.\n" + "\n".join(lines) + "\n"
+            f"{where} was written with another recipe; nothing was changed.",
+            *lines,
             "Run with the recipe it was written with, or give another STORE. `clip-reinforce extend` adds teachers, "
-            "captioners, view sets and class sets to a store."
+            "captioners, view sets and class sets to a store.",
         )
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from reinforce.config import Teacher, ViewSet
+from reinforce.config import Address, Teacher, ViewSet
 from reinforce.data import augment, draws, images
 from reinforce.errors import ConfigError
 from reinforce.models import prompts
@@ -48,7 +48,7 @@ class AdaptConfig(LoopConfig):
     """Stage 1 of ComKD-CLIP (train/comkd/adapt.py): a teacher's prompts. The values are PromptSRC's."""
 
     teacher: Teacher | None = Field(None, description="the CLIP to adapt; there is no default")
-    data: str = Field("", description="labelled images: a folder in CLIP_benchmark's layout, its split `train`")
+    data: Address = Field("", description="labelled images: a folder in CLIP_benchmark's layout, its split `train`")
     classes: Literal["all", "base"] = Field("all", description="base: the first half of the classes, rounded up")
     shots: int | None = Field(16, ge=1, description="images per class; null for all")
     views: ViewSet = Field(ViewSet(num_ops=0), description="how the images are cropped")
@@ -72,7 +72,9 @@ class AdaptConfig(LoopConfig):
         "pretrained", description="random: a teacher without its weights, to try shapes and memory"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    eval_sets: dict[str, str] = Field({}, description="name: folder in CLIP_benchmark's layout with the same classes")
+    eval_sets: dict[str, Address] = Field(
+        {}, description="name: folder in CLIP_benchmark's layout with the same classes"
+    )
     save_every_n_steps: int = Field(100, ge=1)
 
 
@@ -95,8 +97,9 @@ def adapt(config: AdaptConfig, out: Path) -> dict[str, Any]:
         about = json.loads(prompts.about(out)["about"])
         if found := checkpoint.differences(about.get("config", {}), config, out):
             raise ConfigError(
-                f"{out} was made with other settings:\n" + "\n".join(found) + "\n"
-                f"Give another --out, or remove it and the folder {folder}."
+                f"{out} was made with other settings:",
+                *found,
+                f"Give another --out, or remove it and the folder {folder}.",
             )
         report: dict[str, Any] = about["report"]
         return report

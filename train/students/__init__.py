@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from reinforce import process
 from reinforce.errors import ConfigError
 from reinforce.models import tensorfile
-from reinforce.models.open_clip import get_tokenizer, open_clip
+from reinforce.models.open_clip import open_clip
 from reinforce.models.pixels import Normaliser
+from reinforce.models.tokenizer import get_tokenizer
 from train.evaluation.metrics import Metrics, Precision, evaluate
 from train.evaluation.sets import EvalSet
 from train.export import ExportReport, Graph, Method, export
