@@ -25,6 +25,7 @@ from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data.shards import Shard
 from reinforce.errors import ReinforceError
 from reinforce.models.ensemble import Answers
+from reinforce.run.batches import Room
 from reinforce.run.loaded import Loaded
 from reinforce.run.worker import Worker
 from reinforce.store import arrays
@@ -258,7 +259,7 @@ def worker(objects: Objects, kind: int) -> Worker:
     loaded: Any = Loaded.__new__(Loaded)
     loaded.recipe, loaded.threads, loaded.views_ahead, loaded.view_processes = RECIPE, 1, 2, None
     loaded.teachers, loaded.ensemble = teachers, FakeEnsemble(teachers)
-    loaded.captioners = {"coca": FakeCaptioner(kind)}
+    loaded.captioners, loaded.room = {"coca": FakeCaptioner(kind)}, Room(1 << 30)
     made.loaded = loaded
     made._models = threading.Lock()
     models: dict[str, dict[str, Any]] = {"teachers": {"one": {}, "two": {}}, "captioners": {"coca": {}}}

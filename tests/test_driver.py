@@ -243,7 +243,7 @@ class WithOneThatAlwaysFails(on_ray_room.RemoteWorker):
         return super().reinforce(shard)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.chaos), "2"])
 def test_a_worker_that_always_fails_leaves_and_costs_no_shard(
     on_ray: None, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
@@ -260,6 +260,7 @@ class WithADeadlyShard(on_ray_room.RemoteWorker):
         return super().reinforce(shard)
 
 
+@pytest.mark.chaos
 def test_a_shard_that_kills_its_workers_is_set_aside_by_name(
     on_ray: None, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,11 +62,11 @@ def made(shard: Shard, room: Room, batch_size: int) -> list[View]:
 
 
 def test_a_worker_takes_no_more_than_is_said(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight pictures of 18 MB in batches of four. With all bounds at an eighth, one is decoded at a time and none is
+    """Twelve pictures of 18 MB in batches of four. With all bounds at an eighth, one is decoded at a time and none is
     kept; with a large room all are."""
     side = 2100
     monkeypatch.setattr(images, "_gate", images._Gate(images.AT_ONCE // 8))
-    many = shard_of(tmp_path / "many", 8 * [encode(Image.new("RGB", (side, side), (200, 30, 40)), "JPEG")])
+    many = shard_of(tmp_path / "many", 12 * [encode(Image.new("RGB", (side, side), (200, 30, 40)), "JPEG")])
     few = shard_of(tmp_path / "few", [tiny.picture(0)])
     recipe = recipe.but(captioners={}, teachers={"vit": recipe.teachers["vit"]})
     grown = []

@@ -180,7 +180,9 @@ def test_a_run_that_reads_a_slow_tar(
     assert seconds < 10
 
 
-@pytest.mark.parametrize(("workers", "number", "to_group"), [(0, *SENT[0]), (1, *SENT[1])])
+@pytest.mark.parametrize(
+    ("workers", "number", "to_group"), [pytest.param(0, *SENT[0], marks=pytest.mark.chaos), (1, *SENT[1])]
+)
 def test_a_training_that_waits_for_data_saves_what_it_has(
     reinforced: Reinforced,
     stalling: tuple[str, type[Stalling]],

@@ -10,7 +10,7 @@ import pytest
 from reinforce.store import arrays
 from tests import simulation
 
-RUNS = int(os.environ.get("RUNS", 300))
+RUNS = int(os.environ.get("RUNS", 200))
 FIRST = int(os.environ.get("FIRST", 0))
 
 

@@ -157,7 +157,7 @@ def test_a_collapse_is_told_once_and_kept(taught: Taught, tmp_path: Path, caplog
     assert report["collapse"]["step"] == told.args[0] == 100  # type: ignore[index]
     assert report["collapse"]["spread"] < 0.02 and min(report["collapse"].values()) > 0
     assert report["collapse"]["image_cosine"] > 0.99 and report["collapse"]["text_cosine"] > 0.99
-    assert "start it anew: with a longer warmup" in told.message
+    assert "start it anew: with a lower lr" in told.message
 
 
 def test_a_collapse_of_a_run_before_is_not_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -74,7 +74,7 @@ class Journal:
             log.warning(
                 "step %d: this student tells its samples hardly apart: spread %.3f, mean cosine of different images "
                 "%.3f, of different texts %.3f. It may come free again, so the training goes on. If spread stays so "
-                "low, start it anew: with a longer warmup, a lower lr, or from weights that have learned "
+                "low, start it anew: with a lower lr, a longer warmup, or from weights that have learned "
                 "(--student FOLDER); see 'Read the curves' in docs/training.md",
                 *(step, found["spread"], found["image_cosine"], found["text_cosine"]),
             )
