@@ -62,6 +62,11 @@ SetOption = Annotated[
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="where it runs; auto: CUDA if there is a card, else the CPU")
 ]
+StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="the store: a local path or an fsspec URL")]
+WorkersOption = Annotated[
+    str, typer.Option(help="Ray workers: a number, MIN:MAX, auto, or 0 for none: all work in this process")
+]
 VersionOption = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
 ]

@@ -24,7 +24,8 @@ SEES = {
     | SAMPLES,
     "reinforce.run": {f"reinforce.{room}" for room in ("models", "store", "progress", "process", "signals")} | SAMPLES,
     "reinforce.page": {"reinforce.errors", "reinforce.lines"},
-    "reinforce.check": {f"reinforce.{room}" for room in ("page", "run", "models", "store", "progress")} | SAMPLES,
+    "reinforce.check": {f"reinforce.{room}" for room in ("page", "run", "models", "store", "progress", "terminal")}
+    | SAMPLES,
     "reinforce.models": SAMPLES | {"reinforce.process"},
     "reinforce.store": SAMPLES | {"reinforce.process"},
     "reinforce.data": GROUND | {"reinforce.process"},

@@ -10,12 +10,10 @@ import typer
 
 from reinforce.errors import ConfigError
 from reinforce.recipes import load_recipe
-from reinforce.terminal import JsonOption, SetOption, errors_as_sentences, home, show, typed
+from reinforce.terminal import JsonOption, SetOption, StoreOption, errors_as_sentences, home, show, typed
 
 importing = typer.Typer(no_args_is_help=True, help="Make a store of what others wrote.")
 exporting = typer.Typer(no_args_is_help=True, help="Write a store in a form that others read.")
-
-StoreOption = Annotated[str, typer.Option("--store", help="the store: a local path or an fsspec URL")]
 
 
 def pack(
