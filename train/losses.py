@@ -170,15 +170,13 @@ class _Rows(torch.autograd.Function):
             loss -= ((1 - share) * own_log_p).sum()
             contrastive -= own_log_p.sum()
             if target is not None:
-                soft = torch.linalg.vecdot(target, log_p)[:, None]
-                loss -= (share * soft).sum()
-                distill -= soft.sum()
+                distill -= torch.dot(target.flatten(), log_p.flatten())  # of rows that none has seen it has zeros
             if d_x is None or d_y is None:
                 continue
             # Of a cross-entropy by its logits: the student's probabilities less the labels.
             d_logits = log_p.exp_()
             if target is not None:
-                d_logits.sub_(target.mul_(share))
+                d_logits.sub_(target, alpha=weight)
             d_logits.scatter_add_(1, own, share - 1)
             d_rows = d_logits @ y
             d_scale += (d_rows * x[rows]).sum()
@@ -187,7 +185,7 @@ class _Rows(torch.autograd.Function):
         if wanted:
             ctx.save_for_backward(d_x, d_y, d_scale)
         ctx.mark_non_differentiable(contrastive, distill)
-        return loss, contrastive, distill
+        return loss + weight * distill, contrastive, distill
 
     @staticmethod
     @once_differentiable
