@@ -131,6 +131,10 @@ def test_what_is_written_is_whole_and_described(exported: SimpleNamespace) -> No
     for tower in ("image", "text"):
         graph = onnx.load(exported.out / f"{tower}.onnx")
         onnx.checker.check_model(graph)
+        session = onnxruntime.InferenceSession(exported.out / f"{tower}.onnx", providers=["CPUExecutionProvider"])
+        said = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+        facts = json.loads((exported.out / "export.json").read_text())
+        assert said and said == {name: facts[name] for name in said} and said["preprocess"]["mean"]
         assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", facts["opset"])]
         assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 

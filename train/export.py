@@ -9,7 +9,7 @@
     export.json     preprocessing, context length, logit_scale (the multiplier), opset, versions, result of the check
 
 open_clip and timm know our architectures after `import modeling`, or `import train.students`. ONNX needs neither; its
-graphs are folded.
+graphs are folded, and each file has the facts of export.json as its metadata.
 """
 
 import copy
@@ -111,7 +111,7 @@ def export(student: Kind, out: Path, load: Callable[[Path], Kind]) -> ExportRepo
     student.module.cpu().eval()
     student.save(partial)
     for graph in student.graphs(folded=True):
-        _write(graph, partial / graph.file)
+        _write(graph, partial / graph.file, student.facts())
     report = check(student, partial, load)
     if not report.faults:
         report = replace(report, folder=str(out))
@@ -199,7 +199,10 @@ def _faults(folder: Path, agreement: dict[str, Agreement], most: float, least: f
     ]
 
 
-def _write(graph: Graph, path: Path) -> None:
+def _write(graph: Graph, path: Path, facts: dict[str, Any]) -> None:
+    """With the facts as metadata, in JSON: what one who has this file alone has to know."""
+    import onnx
+
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's exporter warns of its own use of torch
         torch.onnx.export(
@@ -214,6 +217,9 @@ def _write(graph: Graph, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.items()})
+    onnx.save(model, path)
 
 
 def _run_onnx(path: Path, inputs: Tensor) -> Tensor:
