@@ -135,7 +135,7 @@ fuzz: dev ## mutated tars, images and metadata of a store: no crash, no hang, co
 	@FUZZ_ROUNDS=$(or $(FUZZ_ROUNDS),100000) FUZZ_SEED=$(or $(FUZZ_SEED),0) $(PY) -m pytest -n auto -rP tests/test_fuzz.py
 
 chaos: dev ## kill workers, driver and nodes at random, and commands at each operation; compare every byte
-	@$(PY) -m pytest -m chaos
+	@KILLS=$(or $(KILLS),10) $(PY) -m pytest -m chaos
 
 check: dev ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

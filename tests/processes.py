@@ -44,6 +44,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a group of its own, to send a signal to
         )
 
     def wait(self) -> tuple[int, str, str]:
