@@ -54,7 +54,10 @@ def alone(recipe: Recipe, tars: list[str], tmp_path_factory: pytest.TempPathFact
     return tiny.tree(store)
 
 
-@pytest.mark.parametrize("workers", [*(pytest.param(num, marks=pytest.mark.slow) for num in "123"), "1:3"])
+@pytest.mark.parametrize(
+    "workers",
+    [*(pytest.param(num, marks=pytest.mark.slow) for num in "123"), pytest.param("1:3", marks=pytest.mark.chaos)],
+)
 def test_same_bytes_for_any_number_of_workers_and_any_order(
     on_ray: None, recipe: Recipe, tars: list[str], alone: dict[str, bytes], tmp_path: Path, workers: str
 ) -> None:
@@ -179,6 +182,7 @@ def test_wrong_numbers_of_workers_get_a_sentence(recipe: Recipe, tmp_path: Path,
         driver.run("x.tar", str(tmp_path / "s"), recipe, RunOptions(workers=workers))
 
 
+@pytest.mark.chaos
 def test_a_worker_that_hangs_is_given_up_and_its_shards_are_done(recipe: Recipe, tmp_path: Path) -> None:
     """Stopped, it is as one whose file system or GPU never answers. Woken up later, it changes nothing."""
     tars = "::".join(tiny.tar(tmp_path / f"in/{i:05d}.tar", 9, seed=i) for i in range(6))

@@ -196,7 +196,7 @@ def test_an_embedding_that_is_no_number_is_a_fault(exported: SimpleNamespace, mo
 
 @pytest.fixture
 def no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_write", lambda graph, path: None)
+    monkeypatch.setattr(export, "_write", lambda graph, path, facts: None)
 
 
 def test_an_export_that_disagrees_is_reported_and_not_put_in_place(

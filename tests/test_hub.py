@@ -193,7 +193,7 @@ def test_the_command_puts_there_what_it_writes(hub: Hub, monkeypatch: pytest.Mon
     """But for ONNX, which takes ten seconds and is tried in test_export.py."""
     student = students.create(tiny.student(tmp_path / "s"))
     right = {graph.file: graph.module.eval()(graph.inputs).detach() for graph in student.graphs(folded=False)}
-    monkeypatch.setattr(export, "_write", lambda graph, path: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(export, "_write", lambda graph, path, facts: path.write_bytes(b"onnx"))
     monkeypatch.setattr(export, "_run_onnx", lambda path, inputs: right[path.name])
     out = tmp_path / "out"
     code, told, err = here(app, "export", str(student.folder), str(out), "--push-to-hub", "me/s", "--json")
