@@ -56,7 +56,7 @@ def alone(recipe: Recipe, tars: list[str], tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     "workers",
-    [*(pytest.param(num, marks=pytest.mark.slow) for num in "123"), pytest.param("1:3", marks=pytest.mark.chaos)],
+    [*(pytest.param(num, marks=pytest.mark.slow) for num in "123"), "1:3"],
 )
 def test_same_bytes_for_any_number_of_workers_and_any_order(
     on_ray: None, recipe: Recipe, tars: list[str], alone: dict[str, bytes], tmp_path: Path, workers: str
