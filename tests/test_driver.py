@@ -162,6 +162,7 @@ def test_a_gpu_that_this_machine_does_not_have_is_told_before_ray_starts(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.chaos
 def test_a_worker_with_a_gpu_that_its_torch_cannot_use_ends_the_run(
     recipe: Recipe, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +248,8 @@ class WithOneThatAlwaysFails(on_ray_room.RemoteWorker):
         return super().reinforce(shard)
 
 
-@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.chaos), "2"])
+@pytest.mark.chaos
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_worker_that_always_fails_leaves_and_costs_no_shard(
     on_ray: None, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
@@ -285,9 +287,8 @@ def test_a_cluster_that_does_not_answer_is_a_sentence(
         driver.run(tars[2], str(tmp_path / "s"), recipe, RunOptions(workers="1", device="cpu"))
 
 
-@pytest.mark.parametrize(
-    "victim", ["driver", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("worker", "everything"))]
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize("victim", ["driver", "worker", "everything"])
 def test_killed_once_and_run_again(
     recipe: Recipe, tars: list[str], alone: dict[str, bytes], tmp_path: Path, victim: str
 ) -> None:

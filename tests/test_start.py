@@ -137,6 +137,7 @@ def check_it_leaves_the_plateau(taught: Taught, name: str, seed: int, out: Path)
     assert median(spreads(out)[-20:]) > 0.1
 
 
+@pytest.mark.slow
 def test_it_leaves_the_plateau(taught: Taught, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     check_it_leaves_the_plateau(taught, "mamba_tiny", 0, tmp_path)
     assert not caplog.records
