@@ -109,7 +109,7 @@ picture: dev ## draw README's picture again, from the samples' store
 test: dev ## the tests, a few minutes; JOBS=0 runs them in one process
 	@$(PY) -m pytest $(SIDE_BY_SIDE)
 
-test-fast: dev ## the tests of an edit loop, in less than a minute: no Ray, no training, no other process
+test-fast: dev ## the tests of an edit loop, in less than two minutes: no Ray, no training, no other process
 	@$(PY) -m pytest $(SIDE_BY_SIDE) -m '$(FAST)'
 
 test-slow: dev ## the tests at full architecture size: memory and minutes
