@@ -129,6 +129,18 @@ def ray_environment() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+@contextmanager
+def model_packages() -> Iterator[None]:
+    """For an import of what needs torchvision. Raises MissingExtra where a package is not installed."""
+    try:
+        import_torchvision()
+        yield
+    except MissingExtra:
+        raise
+    except ImportError as error:
+        raise MissingExtra.of_models(error.name or str(error)) from error
+
+
 def import_torchvision() -> None:
     """Import torchvision, which must work on a CPU build of torch, too.
 

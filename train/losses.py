@@ -160,12 +160,13 @@ class _Rows(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, contrastive, distill, d_scale = x.new_zeros(4)
         wanted = any(ctx.needs_input_grad)
+        columns = [_seen(teacher.text) if teacher.partial else (teacher.text, None) for teacher in teachers]
         d_x, d_y = (torch.zeros_like(t) if wanted else None for t in (x, y))
         for rows in (slice(start, start + block_rows) for start in range(0, len(x), block_rows)):
             log_p = (scale * x[rows] @ y.T).log_softmax(-1)
             own = torch.arange(rows.start, rows.start + len(log_p), device=x.device)[:, None] + first
             own_log_p = log_p.gather(1, own)
-            target, num = _soft_labels(teachers, rows, own_log_p)
+            target, num = _soft_labels(teachers, columns, rows, own_log_p)
             share = weight * (num > 0).to(x.dtype)  # of the soft labels, for each row
             loss -= ((1 - share) * own_log_p).sum()
             contrastive -= own_log_p.sum()
@@ -193,18 +194,19 @@ class _Rows(torch.autograd.Function):
         return *(d_loss * part for part in ctx.saved_tensors), None, None, None, None
 
 
-def _soft_labels(teachers: list[TeacherPairs], rows: slice, like: Tensor) -> tuple[Tensor | None, Tensor]:
+def _soft_labels(
+    teachers: list[TeacherPairs], columns: Sequence[tuple[Tensor, Tensor | None]], rows: slice, like: Tensor
+) -> tuple[Tensor | None, Tensor]:
     """(rows, G): the mean over the teachers that have seen a row, zeros where none has, or None where there is no
-    teacher at all. And (rows, 1), `like` that: how many have."""
+    teacher at all. And (rows, 1), `like` that: how many have. `columns`: of each teacher its texts, and where it is
+    partial which of them it has seen."""
     total, num = None, torch.zeros_like(like)
-    for teacher in teachers:
-        image, text = teacher.image[rows], teacher.text
-        if teacher.partial:
-            (image, in_row), (text, in_column) = _seen(image), _seen(text)
+    for teacher, (text, in_column) in zip(teachers, columns, strict=True):
+        image, in_row = _seen(teacher.image[rows]) if teacher.partial else (teacher.image[rows], None)
         logits = teacher.logit_scale * image @ text.T
         if teacher.logit_bias is not None:
             logits = F.logsigmoid(logits + teacher.logit_bias)
-        if teacher.partial:
+        if in_row is not None and in_column is not None:
             answer = logits.masked_fill_(~in_column, NEVER).softmax(-1).mul_(in_row[:, None])
             num += in_row[:, None]
         else:

@@ -21,7 +21,9 @@ from reinforce.terminal import (
 )
 
 if TYPE_CHECKING:
+    from reinforce.check.repack import RepackReport
     from reinforce.check.repair import RepairReport
+    from reinforce.check.upgrade import UpgradeReport
 
 _DEFAULTS = RunOptions()
 
@@ -144,9 +146,7 @@ def upgrade(
     from reinforce.check.upgrade import upgrade as renew
 
     with errors_as_sentences():
-        report = renew(store, to, shards)
-        show(asdict(report), json_)
-    raise typer.Exit(1 if report.failed else 0)
+        _show_new(renew(store, to, shards), json_)
 
 
 def repack(
@@ -160,8 +160,12 @@ def repack(
     from reinforce.check.repack import repack as again
 
     with errors_as_sentences():
-        report = again(store, to, embeddings)
-        show(asdict(report), json_)
+        _show_new(again(store, to, embeddings), json_)
+
+
+def _show_new(report: "UpgradeReport | RepackReport", json_: bool) -> None:
+    """What was made beside a store; exit code 1 where a part of it could not be."""
+    show(asdict(report), json_)
     raise typer.Exit(1 if report.failed else 0)
 
 

@@ -22,7 +22,7 @@ from reinforce.models.open_clip import open_clip
 from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
 from reinforce.models.tokenizer import get_tokenizer
-from reinforce.models.weights import OFFLINE, not_loaded
+from reinforce.models.weights import OFFLINE, loading
 
 _CONFIG = "open_clip_config.json"
 SCHEMAS = ("local-dir:", "hf-hub:")
@@ -253,7 +253,7 @@ def _create_open_clip(config: Model, random_seed: int | None, given: dict[str, A
     process.timm_without_warnings()
     script = random_seed is None and _is_torchscript(config)
     reads = random_seed is None and not script
-    try:
+    with loading(config):
         model = open_clip.create_model(
             config.model,
             pretrained=config.pretrained if reads else None,
@@ -267,10 +267,6 @@ def _create_open_clip(config: Model, random_seed: int | None, given: dict[str, A
             weights = open_clip.load_openai_model(str(config.pretrained), "fp32", "cpu").state_dict()
             open_clip.model.resize_pos_embed(weights, model)
             model.load_state_dict(weights)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file may hold anything: open_clip asserts, indexes and unpickles
-        raise not_loaded(config, error) from error
     if random_seed is not None and isinstance(model, open_clip.CoCa):
         head = model.text_decoder.text_projection  # open_clip leaves it as the memory was
         nn.init.normal_(head, std=6 * head.shape[0] ** -0.5)  # so spread, a nucleus is small, as that of a trained one

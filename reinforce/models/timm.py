@@ -9,17 +9,12 @@ from torch import Tensor, nn
 
 from reinforce import process
 from reinforce.config import TIMM, Model
-from reinforce.errors import ConfigError, MissingExtra
-from reinforce.models.weights import not_loaded
+from reinforce.errors import ConfigError
+from reinforce.models.weights import loading
 
-try:
-    process.import_torchvision()
+with process.model_packages():
     import timm
     from timm.data.config import resolve_model_data_config
-except MissingExtra:
-    raise
-except ImportError as error:
-    raise MissingExtra.of_models(error.name or str(error)) from error
 
 
 class ImageEncoder(nn.Module):
@@ -40,10 +35,10 @@ def check(config: Model) -> None:
     """What can be known to be wrong before anything is downloaded or built. Raises ConfigError."""
     name = config.model.removeprefix(TIMM)
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.partition('.')[0][:12]}*")[:5]
+        near = timm.list_models(f"*{_architecture(config.model)[:12]}*")[:5]
         told = f"it has {', '.join(near)}" if near else "its names: https://huggingface.co/timm"
         raise ConfigError(f"timm has no model '{name}'; {told}")
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{_architecture(config.model)}.*")]
     if config.pretrained and not os.path.isfile(config.pretrained) and config.pretrained not in tags:
         raise ConfigError(
             f"{config.model}: '{config.pretrained}' is neither a file nor a tag; tags: {', '.join(tags) or 'none'}"
@@ -59,13 +54,13 @@ def create(config: Model, random_seed: int | None, image_px: int | None) -> Imag
     if config.pretrained and os.path.isfile(config.pretrained):
         overlay = {"file": config.pretrained}
     elif config.pretrained:
-        name = f"{name.partition('.')[0]}.{config.pretrained}"
+        name = f"{_architecture(config.model)}.{config.pretrained}"
     cfg: Any = timm.get_pretrained_cfg(name)
     sized: dict[str, Any] = {"img_size": image_px} if image_px and cfg.fixed_input_size else {}  # others take any size
     if random_seed is not None:
         torch.manual_seed(random_seed)
     process.timm_without_warnings()
-    try:
+    with loading(config):
         trunk = timm.create_model(
             name,
             pretrained=random_seed is None,
@@ -73,10 +68,6 @@ def create(config: Model, random_seed: int | None, image_px: int | None) -> Imag
             num_classes=0,
             **sized,
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # a file may hold anything
-        raise not_loaded(config, error) from error
     data: Any = resolve_model_data_config(trunk)  # type: ignore[no-untyped-call]
     _, height, width = data["input_size"]
     size = (image_px, image_px) if image_px else (height, width)
@@ -86,4 +77,9 @@ def create(config: Model, random_seed: int | None, image_px: int | None) -> Imag
 
 def architecture(name: str) -> Any:
     """What names that which timm builds."""
-    return ["timm", name.removeprefix(TIMM).partition(".")[0]]
+    return ["timm", _architecture(name)]
+
+
+def _architecture(name: str) -> str:
+    """timm's name without the tag of its weights."""
+    return name.removeprefix(TIMM).partition(".")[0]

@@ -1,6 +1,8 @@
 """What to say of weights that cannot be had, read or fitted to a model."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from reinforce.config import Model
 from reinforce.errors import ConfigError
@@ -12,8 +14,19 @@ OFFLINE = (
 )
 
 
-def not_loaded(config: Model, error: Exception) -> ConfigError:
-    """The error for it."""
+@contextmanager
+def loading(config: Model) -> Iterator[None]:
+    """For the call of a library that builds a model and reads its weights. A file may hold anything: libraries assert,
+    index and unpickle, and whatever they raise is ConfigError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _not_loaded(config, error) from error
+
+
+def _not_loaded(config: Model, error: Exception) -> ConfigError:
     told = " ".join(str(error).split()) or "its weights are not those of this architecture"
     told = told[:_TOLD] + (" .." if len(told) > _TOLD else "")
     name = config.model + (f",{config.pretrained}" if config.pretrained else "")

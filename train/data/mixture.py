@@ -47,10 +47,11 @@ class Mixture:
 
     def __init__(self, config: TrainConfig) -> None:
         self._captions = config.captions
-        manifests = {part.store: Store(part.store).promised() for part in config.data if part.store}
+        stores = {part.store: Store(part.store) for part in config.data if part.store}
+        manifests = {url: store.promised() for url, store in stores.items()}
         _check_teachers(config, manifests)
         self.text_sets = [MIX] if config.captions == "mix" else _common_texts(config, manifests)
-        self._parts = [_source(part, config, manifests, self.text_sets) for part in config.data]
+        self._parts = [_source(part, config, stores, self.text_sets) for part in config.data]
         names = {name: facts for part in self._parts for name, facts in part.teachers.items()}
         self.teachers = {
             name: replace(facts, partial=any(name not in part.teachers for part in self._parts))
@@ -83,11 +84,12 @@ class Mixture:
         )
 
 
-def _source(part: DataConfig, config: TrainConfig, manifests: dict[str, Manifest], text_sets: list[str]) -> Source:
+def _source(part: DataConfig, config: TrainConfig, stores: dict[str, Store], text_sets: list[str]) -> Source:
     """One part, which is asked for what it has of what is wanted."""
     if part.store is None:
         return PlainSource(shards.expand(part.shards), config.but(data=[], shards=part.shards))
-    recipe = manifests[part.store].parsed_recipe()
+    store = stores[part.store]
+    recipe = store.promised().parsed_recipe()
     asked: dict[str, Any] = {
         "teachers": [name for name in config.teachers or recipe.teachers if name in recipe.teachers],
         "dist_logit_scale": {k: v for k, v in config.dist_logit_scale.items() if k in recipe.teachers},
@@ -95,7 +97,7 @@ def _source(part: DataConfig, config: TrainConfig, manifests: dict[str, Manifest
     if config.captions == "each":
         asked["text_sets"] = text_sets
     own = config.but(data=[], shards=part.shards, store=part.store, **asked)
-    return StoreSource(Store(part.store), shards.expand(part.shards), own)
+    return StoreSource(store, shards.expand(part.shards), own)
 
 
 def _check_teachers(config: TrainConfig, manifests: dict[str, Manifest]) -> None:
