@@ -54,7 +54,7 @@ class ShardError(ReinforceError, OSError):
 
 
 class SampleError(ReinforceError, ValueError):
-    """One sample cannot be used. `status` (a `shards.Status`) is why; the message is the detail."""
+    """One sample cannot be used. `status` (a `Status` of data/status.py) is why; the message is the detail."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from tests.odd import ARITHMETIC_JPEG, flip, odd_captions, odd_images
 
 

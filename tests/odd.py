@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 
 GOOD = Status.GOOD
 # 8 x 8 pixels of (200, 30, 40), written by libjpeg-turbo's `cjpeg -arithmetic`.

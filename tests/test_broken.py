@@ -11,7 +11,7 @@ from reinforce.__main__ import app
 from reinforce.check.info import info, quarantine, refused
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import tars
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, NotCommitted, StoreError
 from reinforce.run import driver
 from reinforce.store.store import Store

@@ -24,7 +24,8 @@ from reinforce.check.info import info, quarantine
 from reinforce.check.verify import verify
 from reinforce.config import CAPTION_FILES, Recipe, RunOptions, ViewSet
 from reinforce.data import images, shards
-from reinforce.data.shards import Shard, Status
+from reinforce.data.shards import Shard
+from reinforce.data.status import Status
 from reinforce.errors import ReinforceError, SampleError, ShardError
 from reinforce.run import driver
 from reinforce.run.batches import Room, Rows, batches, views

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from reinforce.data.images import decode
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import SampleError
 from tests.odd import ARITHMETIC_JPEG, encode, gradient, odd_images, oriented, png, ycck
 

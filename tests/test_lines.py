@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from reinforce import __main__ as reinforce
 from reinforce import page
 from reinforce.config import Recipe, RunOptions
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, Corrupt, MissingExtra, ReinforceError, SampleError, ShardError
 from reinforce.lines import LogFormatter, plain, say, without_secrets
 from reinforce.run import driver

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from reinforce.__main__ import app
-from reinforce.data.shards import Sample, Status, expand, read
+from reinforce.data.shards import Sample, expand, read
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError
 from reinforce.exchange.packed import pack
 from tests import tiny

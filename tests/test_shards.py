@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from reinforce.config import CaptionFiles
 from reinforce.data.images import decode
-from reinforce.data.shards import Place, Sample, Shard, Status, expand, locate, read, read_parts, write
+from reinforce.data.shards import Place, Sample, Shard, expand, locate, read, read_parts, write
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 from tests.broken import Expected, all_tars, make, members, tar
 from tests.odd import ARITHMETIC_JPEG, odd_captions

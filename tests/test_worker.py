@@ -11,7 +11,8 @@ import torch
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import augment, images, shards, tars
-from reinforce.data.shards import Status, expand
+from reinforce.data.shards import expand
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch
 from reinforce.models.teacher import Teacher
 from reinforce.run.worker import Worker

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from reinforce.data import augment, images, shards
-from reinforce.data.shards import Shard, Status
+from reinforce.data.shards import Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError
 from reinforce.store.store import Store
 from reinforce.terminal import errors_as_sentences

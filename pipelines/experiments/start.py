@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipelines.experiments import bundled
 from reinforce.config import ViewSet
 from reinforce.data import augment, images, shards
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from train import students
 from train.collapse import mean_cosine
 from train.evaluation.metrics import embed_images

@@ -5,7 +5,7 @@ from typing import get_args
 import numpy as np
 
 from reinforce.config import Packing
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import StoreError
 from reinforce.store import arrays
 from reinforce.store.columns import STATUS, Column

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reinforce.config import Recipe
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import NotCommitted, StoreError
 from reinforce.store import refused as notes_of
 from reinforce.store.columns import CLASSES, KEY, STATUS, Column

@@ -12,7 +12,8 @@ from PIL import Image
 
 from reinforce.config import CaptionFiles, Recipe
 from reinforce.data import augment, images, shards
-from reinforce.data.shards import Shard, Status
+from reinforce.data.shards import Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, MissingExtra
 from reinforce.store.columns import KEY, STATUS, Column
 from reinforce.store.manifest import Manifest

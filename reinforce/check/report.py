@@ -17,7 +17,8 @@ from reinforce.check import info
 from reinforce.check.survey import Survey, charts, survey
 from reinforce.config import Recipe
 from reinforce.data import augment, draws, images, shards
-from reinforce.data.shards import Sample, Shard, Status
+from reinforce.data.shards import Sample, Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, ReplayError, SampleError
 from reinforce.store.columns import Column
 from reinforce.store.store import Store

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import StoreError
 from reinforce.store.columns import DIGEST, KEY, SIZE, STATUS, Column
 from reinforce.store.store import Store

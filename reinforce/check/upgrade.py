@@ -13,7 +13,8 @@ from itertools import islice
 import numpy as np
 
 from reinforce.data import augment, images, shards
-from reinforce.data.shards import Sample, Shard, Status
+from reinforce.data.shards import Sample, Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, ReplayError, SampleError, ShardError, StoreError
 from reinforce.progress import Progress
 from reinforce.store.columns import CLASSES, DIGEST, FORMAT_VERSION, KEY, PLACE, STATUS, Column

@@ -12,7 +12,8 @@ from reinforce.check.info import groups
 from reinforce.check.replay import replay
 from reinforce.config import ORIGINAL, Recipe
 from reinforce.data import shards
-from reinforce.data.shards import Shard, Status
+from reinforce.data.shards import Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, NotCommitted, ShardError, StoreError
 from reinforce.progress import Progress
 from reinforce.store.columns import DIGEST, KEY, STATUS, Column

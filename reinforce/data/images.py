@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from reinforce import process
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import SampleError
 
 MAX_PIXELS = 89_478_485  # the limit from which Pillow warns of a decompression bomb: 256 MiB of RGB

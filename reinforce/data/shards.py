@@ -19,7 +19,7 @@ from reinforce.data import captions, tars
 from reinforce.data.grouping import groups, split
 from reinforce.data.notes import REMEDIES, Notes
 from reinforce.data.remote import as_os_errors
-from reinforce.data.status import Status as Status
+from reinforce.data.status import Status
 from reinforce.data.tars import Member
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from reinforce.config import ORIGINAL, Recipe, RunOptions, Texts, parse
 from reinforce.data import shards
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, MissingExtra
 from reinforce.progress import Progress
 from reinforce.run import driver

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, MissingExtra, NotCommitted, StoreError
 from reinforce.progress import Progress
 from reinforce.store.columns import KEY, Column

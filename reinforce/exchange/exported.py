@@ -10,7 +10,8 @@ import numpy as np
 
 from reinforce.config import ORIGINAL
 from reinforce.data import shards
-from reinforce.data.shards import Shard, Status
+from reinforce.data.shards import Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, ManifestMismatch, ShardError, StoreError
 from reinforce.exchange import datacompdr
 from reinforce.exchange.datacompdr import Embeddings, Record

@@ -15,7 +15,8 @@ import numpy as np
 from reinforce.config import ORIGINAL, Captioner, Recipe, ViewSet
 from reinforce.data import augment, shards
 from reinforce.data.resize import Picture
-from reinforce.data.shards import Sample, Shard, Status
+from reinforce.data.shards import Sample, Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, ManifestMismatch, ReplayError, ShardError
 from reinforce.exchange import datacompdr
 from reinforce.exchange.datacompdr import NoRecord, Record

@@ -19,7 +19,8 @@ from PIL import Image
 from reinforce.config import CaptionFiles, ViewSet
 from reinforce.data import augment, images, resize, shards
 from reinforce.data.notes import Notes
-from reinforce.data.shards import Sample, Shard, Status
+from reinforce.data.shards import Sample, Shard
+from reinforce.data.status import Status
 from reinforce.errors import SampleError
 
 T = TypeVar("T")

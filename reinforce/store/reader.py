@@ -13,7 +13,8 @@ import numpy as np
 
 from reinforce.config import Recipe
 from reinforce.data import augment, shards
-from reinforce.data.shards import Place, Status
+from reinforce.data.shards import Place
+from reinforce.data.status import Status
 from reinforce.data.views import replayed
 from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, ReplayError
 from reinforce.store.store import Store, pixel_hash_of
@@ -87,7 +88,7 @@ class ShardReader:
 
     @cached_property
     def status(self) -> np.ndarray:
-        """(N,) uint8: 0 is good; otherwise why the sample is in quarantine (reinforce.data.shards.Status)."""
+        """(N,) uint8: 0 is good; otherwise why the sample is in quarantine (reinforce.data.status.Status)."""
         return self.array("status")
 
     @cached_property

@@ -21,7 +21,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from reinforce.config import Packing
 from reinforce.data.augment import OLD_PIXEL_HASH, PIXEL_HASH
-from reinforce.data.shards import Status
+from reinforce.data.status import Status
 from reinforce.errors import Corrupt, NotCommitted, StoreError
 from reinforce.store import arrays
 from reinforce.store.arrays import Encoded, Items, Recorded

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from reinforce.data import draws, images
-from reinforce.data.shards import Sample, Status
+from reinforce.data.shards import Sample
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, SampleError
 from train.evaluation.sets import EvalSet
 

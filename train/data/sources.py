@@ -21,7 +21,8 @@ from reinforce.config import ORIGINAL
 from reinforce.data import augment, draws, images, shards
 from reinforce.data.copies import Copy, local_copy
 from reinforce.data.notes import HARMLESS, Notes
-from reinforce.data.shards import Place, Shard, Status
+from reinforce.data.shards import Place, Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, ManifestMismatch, NotCommitted, SampleError
 from reinforce.progress import Progress
 from reinforce.store.columns import DIGEST, KEY, PLACE, STATUS, Column

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from reinforce.config import CAPTION_FILES, CaptionFiles
 from reinforce.data import captions, images, shards
-from reinforce.data.shards import Sample, Shard, Status
+from reinforce.data.shards import Sample, Shard
+from reinforce.data.status import Status
 from reinforce.errors import ConfigError, SampleError
 from reinforce.models.open_clip import open_clip
 from train.evaluation.folder import NSHARDS, Folder
