@@ -3,16 +3,19 @@ of a run carry a mark in their environment."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Self
 
 import typer
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
 
 
 def here(app: typer.Typer, *arguments: str) -> tuple[int, str, str]:
@@ -31,11 +34,13 @@ def python_m(*arguments: str) -> tuple[int, str, str]:
 
 
 class Run:
-    """`python -m reinforce run ...` on a private local Ray, started at once."""
+    """`python -m reinforce run ...`, started at once, on the Ray at `address` or on a private one."""
 
-    def __init__(self, shards: str, store: Path, recipe: Path, workers: str = "2", *more: str) -> None:
+    def __init__(
+        self, shards: str, store: Path, recipe: Path, workers: str = "2", *more: str, address: str = ""
+    ) -> None:
         self.mark = uuid.uuid4().hex
-        environment = os.environ | {"RUN_MARK": self.mark, "RAY_ADDRESS": ""}
+        environment = os.environ | {"RUN_MARK": self.mark, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-m", "reinforce", "run", shards, "--store", str(store), "--recipe", str(recipe)]
         self.process = subprocess.Popen(
             [*command, "--workers", workers, "--device", "cpu", "--json", *more],
@@ -74,6 +79,111 @@ class Run:
         kill(marked(self.mark))
 
 
+def free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+class Node:
+    """`ray start`, in the foreground, with a mark on all its processes."""
+
+    def __init__(self, temp: Path, *arguments: str) -> None:
+        self.mark = uuid.uuid4().hex
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
+            "NODE_MARK": self.mark,
+            "RAY_AUTH_MODE": "disabled",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        self.log = (temp / f"{self.mark}.log").open("w")
+        self.process = subprocess.Popen(
+            [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments],
+            env=environment,
+            stdout=self.log,
+            stderr=self.log,
+        )
+
+    def started(self) -> bool:
+        return "Ray runtime started" in Path(self.log.name).read_text()
+
+    def pids(self) -> list[int]:
+        return marked(self.mark, "NODE_MARK")
+
+    def workers(self) -> list[int]:
+        return [pid for pid in self.pids() if "ray::RemoteWorker" in command_line(pid)]
+
+    def kill(self) -> None:
+        kill(self.pids())
+        self.process.wait()
+        self.log.close()
+
+
+class TwoNodes:
+    """A Ray of a head and a second node, with one core each, on two addresses of loopback."""
+
+    def __init__(self, folder: Path, *of_head: str) -> None:
+        self.folder, self.of_head = folder, of_head
+        self.port = free_port("127.0.0.2")
+        self.address = f"127.0.0.2:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.head.kill()
+        self.second.kill()
+
+    def _start(self) -> None:
+        temp = Path(f"/tmp/ray-{uuid.uuid4().hex[:8]}")  # short: Ray puts sockets there, whose paths have a limit
+        temp.mkdir()
+        asked = ("--head", "--node-ip-address=127.0.0.2", f"--port={self.port}", f"--temp-dir={temp}")
+        self.head = Node(self.folder, *asked, *(self.of_head or ("--include-dashboard=false",)))
+        wait_for(self.head.started, 120, "the head")
+        self._start_second()
+
+    def _start_second(self) -> None:
+        self.second = Node(self.folder, f"--address={self.address}", "--node-ip-address=127.0.0.3")
+        wait_for(self.second.started, 120, "the second node")
+
+    def workers(self) -> list[int]:
+        """Processes of the actors on both."""
+        return self.head.workers() + self.second.workers()
+
+    def lose_the_second(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """All its processes; or, asked to end, it does so itself. Another one takes its place."""
+        if number == signal.SIGTERM:
+            self.second.process.terminate()
+            self.second.process.wait(60)
+        self.second.kill()
+        self._start_second()
+
+    def lose_both(self) -> None:
+        self.head.kill()
+        self.second.kill()
+        self._start()
+
+    def idle(self) -> None:
+        """Wait until no worker is alive: they die with their driver within seconds."""
+        wait_for(lambda: not self.workers(), 60, "the workers' end")
+
+
+def wait_for(condition, timeout_s: float, what: str, job: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if job and job.poll() is not None:
+            raise AssertionError(f"the job ended while waiting for {what}: {job.stdout.read()}")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s for {what}")
+        time.sleep(0.05)
+
+
+def connects(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((address, port)) == 0
+
+
 def marked(mark: str, name: str = "RUN_MARK") -> list[int]:
     """Processes with the mark in their environment."""
     found = []
@@ -93,9 +203,9 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def kill(pids: list[int]) -> None:
+def kill(pids: list[int], number: signal.Signals = signal.SIGKILL) -> None:
     for pid in pids:
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue

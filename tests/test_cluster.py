@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 import uuid
 import zipfile
 from pathlib import Path
@@ -17,45 +15,7 @@ from ray._private.runtime_env.packaging import create_package
 from reinforce.config import Recipe, RunOptions
 from reinforce.run import driver
 from tests import tiny
-from tests.processes import ROOT, command_line, kill, marked
-
-BIN = Path(sys.executable).parent
-
-
-def free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
-class Node:
-    """`ray start`, in the foreground, with a mark on all its processes."""
-
-    def __init__(self, temp: Path, *arguments: str) -> None:
-        self.mark = uuid.uuid4().hex
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
-            "NODE_MARK": self.mark,
-            "RAY_AUTH_MODE": "disabled",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-        }
-        self.log = (temp / f"{self.mark}.log").open("w")
-        self.process = subprocess.Popen(
-            [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments],
-            env=environment,
-            stdout=self.log,
-            stderr=self.log,
-        )
-
-    def pids(self) -> list[int]:
-        return marked(self.mark, "NODE_MARK")
-
-    def workers(self) -> list[int]:
-        return [pid for pid in self.pids() if "ray::RemoteWorker" in command_line(pid)]
-
-    def kill(self) -> None:
-        kill(self.pids())
-        self.process.wait()
-        self.log.close()
+from tests.processes import ROOT, Node, command_line, connects, free_port, kill, wait_for
 
 
 def test_a_job_takes_the_code_along_and_no_data(tmp_path: Path) -> None:
@@ -150,19 +110,3 @@ def test_a_head_that_is_lost_is_a_sentence_and_the_next_run_goes_on(recipe: Reci
     assert f"error: Ray's head at 127.0.0.2:{port} is lost" in told and "Traceback" not in told and "***" not in told
     again = subprocess.run([*command, "0"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert "6 shards" in again.stdout
-
-
-def wait_for(condition, timeout_s: float, what: str, job: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if job and job.poll() is not None:
-            raise AssertionError(f"the job ended while waiting for {what}: {job.stdout.read()}")
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout_s} s for {what}")
-        time.sleep(0.05)
-
-
-def connects(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex((address, port)) == 0

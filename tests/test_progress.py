@@ -1,7 +1,13 @@
 """Progress: a bar on a terminal, and elsewhere lines that are few, the last one always among them."""
 
+import fcntl
 import io
+import os
+import pty
+import re
+import struct
 import sys
+import termios
 import time
 
 import pytest
@@ -66,5 +72,38 @@ def test_a_silence_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capsy
 def test_what_a_run_says_beside_the_count() -> None:
     report = RunReport("store", 3, 0)
     report.add(ShardReport("a", read=30), 1)
+    assert report.phrase() == ""
     report.add(ShardReport("b", error="broken"), 3)
-    assert report.phrase(4.0) == "30 samples, 7.5 samples/s, 1 failed"
+    assert report.phrase() == "1 failed"
+
+
+def test_samples_are_shown_also_of_units_under_way(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """They are news: nothing is said to be waited for. Of a unit that is done the line follows at once."""
+    monkeypatch.setattr(progress, "_SILENT_S", 0.2)
+    num = 0
+    with Progress(2, "shard", waits_for=lambda: "shard 00007", samples=lambda: num) as bar:
+        for _ in range(10):
+            num += 30
+            time.sleep(0.05)
+        bar.add("1 failed")
+        bar.add()
+    *under_way, last = capsys.readouterr().err.splitlines()
+    assert len(under_way) >= 2
+    for line in under_way:
+        assert re.fullmatch(r"shard 0/2, [1-9]\d* samples, \d+\.\d samples/s", line)
+    assert last.startswith("shard 2/2, 300 samples, ") and last.endswith(", about 0 s left")
+
+
+def test_a_bar_of_80_columns_holds_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of that width, which the kernel tells."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with open(its, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        with Progress(120000, "step", done=119998) as bar:
+            bar.add("loss 4.123, 1234 samples/s, spread 0.52")
+            bar.add("loss 4.122, 1234 samples/s, spread 0.52")
+        stderr.flush()
+        shown = os.read(ours, 10000).decode().replace("\n", "\r").split("\r")
+    assert max(map(len, shown)) <= 80
+    assert any(line.endswith("left, loss 4.122, 1234 samples/s, spread 0.52") for line in shown), shown

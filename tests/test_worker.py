@@ -36,6 +36,13 @@ FULL, LOST = torch.OutOfMemoryError("CUDA out of memory. Tried to.."), RuntimeEr
 OTHER = RuntimeError("shapes differ")
 
 
+def allocation_error() -> RuntimeError:
+    """What torch raises where the machine has no room for a tensor."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return raised.value
+
+
 @pytest.mark.parametrize(
     ("loading", "raised", "expected", "told"),
     [
@@ -50,9 +57,18 @@ OTHER = RuntimeError("shapes differ")
         (False, LOST, DeviceLost, "the GPU has failed: CUDA error: illegal access; look at"),
         (True, OTHER, RuntimeError, "^shapes differ$"),  # a fault of ours
         (False, OTHER, RuntimeError, "^shapes differ$"),
+        (
+            True,
+            MemoryError(),
+            ConfigError,
+            "machine's memory is full.* 0.00 GB .vit 0.00, .* So a worker needs 0.00 GB",
+        ),
+        (True, allocation_error(), ConfigError, "machine's memory is full; free it, use fewer workers"),
+        (False, MemoryError(), OSError, "^this machine's memory is full; free it, use fewer workers"),
+        (False, allocation_error(), OSError, "^this machine's memory is full"),
     ],
 )
-def test_what_a_gpu_raises_is_told_apart(
+def test_what_a_device_raises_is_told_apart(
     recipe: Recipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -17,6 +17,7 @@ from train.config import LoopConfig
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id.txt"
 SHOWN = 16  # pictures of a batch
+_WORTH_TELLING = 0.05  # of the time, spent waiting for data
 _NOT_OF_A_STEP = ("step", "samples_per_s", "data_wait_share")
 _OF_A_COLLAPSE = ("spread", "image_cosine", "text_cosine")
 log = logging.getLogger(__name__)
@@ -59,8 +60,9 @@ class Journal:
         """Step number `step` is done. `wait_s`: how long it waited for its data."""
         self._wait_s += wait_s
         _, rate, wait = self.speed(step + 1).values()
-        spread = f", spread {metrics['spread']:.2f}" if "spread" in metrics else ""
-        self._progress.add(f"loss {metrics['loss']:.3f}{spread}, {rate:.0f} samples/s, {wait:.0%} waiting for data")
+        told = f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s"
+        told += f", spread {metrics['spread']:.2f}" if "spread" in metrics else ""
+        self._progress.add(told + (f", {wait:.0%} waiting" if wait >= _WORTH_TELLING else ""))
         if (step + 1) % self._config.log_every_n_steps == 0 or step + 1 == self._num_steps:
             self.write(step + 1, {**metrics, "samples_per_s": rate, "data_wait_share": wait})
         if "spread" in metrics and self._watch.collapsed(step + 1, metrics["spread"]) and not self.collapse:

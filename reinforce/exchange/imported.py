@@ -96,7 +96,10 @@ def write_records(
     store.promise(manifest)
     columns = manifest.columns()
     report = RunReport(store_url, len(listed), 0)
-    with Progress(len(listed), "shard") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        Progress(len(listed), "shard", samples=lambda: report.samples) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         for shard in listed:
             if not store.missing(shard.name, columns):
                 report.already_there += 1
@@ -106,7 +109,7 @@ def write_records(
                 except (ShardError, ManifestMismatch) as error:
                     done = ShardReport(shard.name, error=str(error))
                 report.add(done, 1)
-            progress.add(report.phrase(progress.seconds))
+            progress.add(report.phrase())
     store.objects.sweep()
     report.seconds = time.monotonic() - start
     return report

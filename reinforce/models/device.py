@@ -53,9 +53,13 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def device_fault(error: RuntimeError) -> Exception | None:
-    """What an error of torch means for the work: OSError where another try may succeed, DeviceLost where this process
-    can do no more; None where it says nothing of a device."""
+def device_fault(error: RuntimeError | MemoryError) -> Exception | None:
+    """What an error of torch means for the work: OSError where another try may succeed, since memory may be free then;
+    DeviceLost where this process can do no more; None where it says nothing of a device or of memory."""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return OSError(
+            "this machine's memory is full; free it, use fewer workers, or a recipe with a smaller batch_size"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         told = str(error).partition(".")[0]
         return OSError(f"the GPU's memory is full ({told}); free it, or use a recipe with a smaller batch_size")

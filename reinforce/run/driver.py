@@ -52,15 +52,14 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
         if not os.environ.get("RAY_ADDRESS"):
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
         low, high = _worker_range(options)
-        crew = Crew(store_url, recipe, options, low, high) if high and todo else None
-        at_work: list[str] = []  # shards, where there is no crew
-        answers = crew.reinforce(todo) if crew else _here(todo, store_url, recipe, options, at_work)
-        here = lambda: f"shard {', '.join(at_work)}" if at_work else "the models to load"  # noqa: E731
-        with Progress(len(todo), "shard", waits_for=crew.waits_for if crew else here) as progress:
-            for shard_report, attempts in answers:
+        crew = Crew(store_url, recipe, options, low, high) if high and todo else _Alone(store_url, recipe, options)
+        with Progress(
+            len(todo), "shard", waits_for=crew.waits_for, samples=lambda: max(crew.samples, report.samples)
+        ) as progress:
+            for shard_report, attempts in crew.reinforce(todo):
                 report.add(shard_report, attempts)
-                progress.add(report.phrase(progress.seconds))
-        report.workers_lost = crew.num_lost if crew else 0
+                progress.add(report.phrase())
+        report.workers_lost = crew.num_lost
     store.objects.sweep()
     report.seconds = time.monotonic() - start
     return report
@@ -108,34 +107,45 @@ def _other_tar(store: Store, shard: Shard) -> Failure | None:
     )
 
 
-def _here(
-    todo: list[Shard], store_url: str, recipe: Recipe, options: RunOptions, at_work: list[str]
-) -> Iterator[tuple[ShardReport, int]]:
-    """Without Ray: one worker in this process. `at_work` says which shards it has in hand."""
-    from reinforce.run.worker import Worker  # loads torch and open_clip: not for a run that finds nothing to do
+class _Alone:
+    """One worker in this process, in place of a crew: without Ray."""
 
-    with process.torch_threads_kept():  # a worker on a CPU sets their number, and this process may be the user's
-        tell(f"loading the models of {recipe.name}")
-        worker = Worker(recipe, store_url, options)
+    num_lost = 0
 
-        def tried(shard: Shard) -> tuple[ShardReport, int]:
-            at_work.append(shard.name)
-            try:
-                return _tried(worker, shard, options.attempts)
-            finally:
-                at_work.remove(shard.name)
+    def __init__(self, store_url: str, recipe: Recipe, options: RunOptions) -> None:
+        self.store_url, self.recipe, self.options = store_url, recipe, options
+        self.worker: Worker | None = None
+        self.at_work: list[str] = []
 
-        with ThreadPoolExecutor(options.shards_in_flight) as pool:
-            yield from pool.map(tried, todo)
+    def reinforce(self, todo: list[Shard]) -> Iterator[tuple[ShardReport, int]]:
+        """As Crew.reinforce."""
+        from reinforce.run.worker import Worker  # loads torch and open_clip: not for a run that finds nothing to do
 
+        with process.torch_threads_kept():  # a worker on a CPU sets their number, and this process may be the user's
+            tell(f"loading the models of {self.recipe.name}")
+            self.worker = Worker(self.recipe, self.store_url, self.options)
+            with ThreadPoolExecutor(self.options.shards_in_flight) as pool:
+                yield from pool.map(partial(self._tried, self.worker), todo)
 
-def _tried(worker: "Worker", shard: Shard, attempts: int) -> tuple[ShardReport, int]:
-    for attempt in range(1, attempts + 1):
+    def _tried(self, worker: "Worker", shard: Shard) -> tuple[ShardReport, int]:
+        self.at_work.append(shard.name)
         try:
-            return worker.reinforce(shard), attempt
-        except OSError as error:
-            reason = f"{type(error).__name__}: {error}"
-    return ShardReport(shard.name, error=reason), attempts
+            for attempt in range(1, self.options.attempts + 1):
+                try:
+                    return worker.reinforce(shard), attempt
+                except OSError as error:
+                    reason = f"{type(error).__name__}: {error}"
+            return ShardReport(shard.name, error=reason), self.options.attempts
+        finally:
+            self.at_work.remove(shard.name)
+
+    @property
+    def samples(self) -> int:
+        return self.worker.samples if self.worker else 0
+
+    def waits_for(self) -> str:
+        at_work = list(self.at_work)  # this is asked in another thread
+        return f"shard {', '.join(at_work)}" if at_work else "the models to load"
 
 
 def num_workers(options: RunOptions) -> int:

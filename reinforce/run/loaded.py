@@ -7,6 +7,7 @@ import torch
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ConfigError
+from reinforce.models import needs
 from reinforce.models.captioner import Captioner
 from reinforce.models.device import device_fault
 from reinforce.models.ensemble import Ensemble
@@ -34,10 +35,12 @@ class Loaded:
                 name: Captioner(config, recipe.batch_size, device, recipe.random_seed)
                 for name, config in recipe.captioners.items()
             }
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             fault = device_fault(error)
             if isinstance(fault, OSError):
-                fault = ConfigError(f"the models cannot be loaded: {fault}")
+                fault = ConfigError(
+                    f"the models cannot be loaded: {fault}; {needs.told(recipe, device.type == 'cuda')}"
+                )
             if fault:
                 raise fault from error
             raise

@@ -3,8 +3,11 @@
 Names of shards and counts travel through Ray, never pixels or embeddings, so that its object store stays empty.
 """
 
+import contextlib
 import logging
+import math
 import os
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -23,7 +26,9 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 1.0  # how often the crew is checked when nothing happens
 _POISONED = 3  # calls of one worker that raise one after the other: the worker is at fault, and not its shards
+_COUNT_S = 2.0  # how often workers are asked how far they are
 _HUNG_TIMES, _HUNG_LEAST_S = 10.0, 300.0  # a worker that is silent for so long is given up: see RunOptions.hung_after
+_LATE_TIMES, _LATE_LEAST_S = 2.0, 10.0  # a shard that takes so many times what others take: an idle worker does it, too
 _MAX_FAILED_STARTS = 3  # workers in a row that died before they were ready
 
 
@@ -40,23 +45,34 @@ class RemoteWorker:
     def reinforce(self, shard: Shard) -> ShardReport:
         return self.worker.reinforce(shard)
 
+    def samples(self) -> int:
+        """How many it has answered in its life. A worker that loads answers this, one that is stopped does not."""
+        return self.worker.samples if hasattr(self, "worker") else 0
+
 
 @dataclass
 class _Member:
-    """One actor: not ready while `loading` is set; `shards` are the calls it has not answered, `heard` is when it last
-    answered or was given something to do after it had nothing, `raised` the shards of its last calls, all of which
-    raised."""
+    """One actor: not ready while `loading` is set; `shards` are the calls it has not answered, `given` when they were
+    made, `heard` when it last came on or was given something to do after it had nothing, `raised` the shards of its
+    last calls, all of which raised. `counting` is a call that asks for its `samples`, `begun` whether one was answered:
+    before, it may have no node yet."""
 
     actor: Any
     loading: Any
     shards: dict[Any, Shard] = field(default_factory=dict)
+    given: dict[Any, float] = field(default_factory=dict)
     heard: float = field(default_factory=time.monotonic)
     raised: list[str] = field(default_factory=list)
     hired: float = field(default_factory=time.monotonic)
+    counting: Any = None
+    begun: bool = False
+    samples: int = 0
 
 
 class Crew:
-    """Between `low` and `high` actors. One that is lost is replaced, and its shards are tried again."""
+    """Between `low` and `high` actors. One that is lost is replaced, and its shards are tried again. At the end, what a
+    slow one still has in hand is given to an idle one as well: the store takes what comes first, and the bytes are the
+    same."""
 
     def __init__(self, store_url: str, recipe: Recipe, options: RunOptions, low: int, high: int) -> None:
         self.recipe, self.store_url = recipe, _absolute(store_url)
@@ -64,7 +80,8 @@ class Crew:
         self.members: list[_Member] = []
         self.num_lost = 0
         self._failed_starts = 0
-        self._slowest_s = 0.0  # of all shards that were answered
+        self._took: list[float] = []  # seconds of each shard that was answered
+        self._counted, self._samples_of_lost = 0.0, 0
 
     def reinforce(self, todo: list[Shard]) -> Iterator[tuple[ShardReport, int]]:
         """Each shard's last report and its number of tries, as they come.
@@ -72,6 +89,7 @@ class Crew:
         Raises ConfigError before any worker starts where the cluster has no GPU and one was asked for.
         """
         self.queue = deque(todo)
+        self.left = {shard.name for shard in todo}
         self.tries: Counter[str] = Counter()
         self.deaths: Counter[str] = Counter()  # of workers that had it
         with joined(self.high) as self.cluster:
@@ -80,21 +98,43 @@ class Crew:
             self.needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
             self.found = self.cluster.has()
             tell(f"Ray: {self.found}; {self._asks()}")
-            self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight)(RemoteWorker)
+            self.remote = self.ray.remote(**self.needs, max_concurrency=self.options.shards_in_flight + 1)(RemoteWorker)
             # The device and not `auto`: a worker with a GPU that its torch cannot use must fail, not go on without it.
             self.arguments = (self.recipe, self.store_url, self.options.but(device=device), str(Path.cwd()))
-            yield from self._rounds(len(todo))
+            yield from self._rounds()
+            for member in self.members:
+                if member.shards:  # others were faster: it may be stopped, and would hold up the end
+                    self.ray.kill(member.actor)
 
-    def _rounds(self, num_left: int) -> Iterator[tuple[ShardReport, int]]:
-        while num_left:
+    def _rounds(self) -> Iterator[tuple[ShardReport, int]]:
+        while self.left:
             self.cluster.check()
-            self._hire(num_left)
+            self._hire(len(self.left))
             self._assign()
             calls = [ref for m in self.members for ref in ([m.loading] if m.loading else m.shards)]
             done, _ = self.ray.wait(calls, timeout=_TICK_S)
+            self._count()
             for report in (*self._answers(done), *self._hung()):
-                num_left -= 1
                 yield report, self.tries[report.shard]
+
+    @property
+    def samples(self) -> int:
+        """How many were answered so far, also those of shards that are under way."""
+        return self._samples_of_lost + sum(member.samples for member in list(self.members))
+
+    def _count(self) -> None:
+        """Ask, and take what has been answered; nobody is waited for."""
+        if time.monotonic() - self._counted < _COUNT_S:
+            return
+        self._counted = time.monotonic()
+        for member in self.members:
+            if member.counting and self.ray.wait([member.counting], timeout=0)[0]:
+                with contextlib.suppress(self.ray.exceptions.RayError):  # it is lost, as its other calls will tell
+                    before, member.samples, member.begun = member.samples, self.ray.get(member.counting), True
+                    if member.loading or member.samples > before:
+                        member.heard = time.monotonic()
+                member.counting = None
+            member.counting = member.counting or member.actor.samples.remote()
 
     def _hire(self, num_left: int) -> None:
         """As many actors as the run asks for, and more while the cluster has room for them at once."""
@@ -117,6 +157,9 @@ class Crew:
             for member in ready:
                 if len(member.shards) < depth and (depth == 1 or len(self.queue) >= len(self.members)):
                     self._give(member, alone=len(ready) == 1)
+        for member in ready:
+            if not member.shards:
+                self._back_up(member)
 
     def _give(self, member: _Member, alone: bool) -> None:
         """The next shard that this worker may have: one that has raised here goes to another, where there is another;
@@ -130,9 +173,29 @@ class Crew:
             return
         self.queue.remove(shard)
         self.tries[shard.name] += 1
+        self._call(member, shard)
+
+    def _back_up(self, member: _Member) -> None:
+        """Of what others have in hand for too long, the shard that has waited longest."""
+        if not self._took:
+            return
+        since = time.monotonic() - max(_LATE_LEAST_S, _LATE_TIMES * statistics.median(self._took))
+        calls = [(m.given[ref], shard) for m in self.members for ref, shard in m.shards.items()]
+        hands = Counter(shard.name for _, shard in calls)
+        late = [
+            (given, shard)
+            for given, shard in calls
+            if given < since and shard.name in self.left and hands[shard.name] == 1 and not self.deaths[shard.name]
+        ]
+        if late:
+            self._call(member, min(late, key=lambda call: call[0])[1])
+
+    def _call(self, member: _Member, shard: Shard) -> None:
+        now = time.monotonic()
         if not member.shards:
-            member.heard = time.monotonic()
-        member.shards[member.actor.reinforce.remote(shard)] = shard
+            member.heard = now
+        ref = member.actor.reinforce.remote(shard)
+        member.shards[ref], member.given[ref] = shard, now
 
     def _answers(self, done: list[Any]) -> Iterator[ShardReport]:
         for member in list(self.members):
@@ -154,21 +217,23 @@ class Crew:
                         tell(f"worker {num_ready} of {len(self.members)} is ready, after {seconds:.0f} s")
                     else:
                         member.raised = []
-                        del member.shards[ref]
-                        self._slowest_s = max(self._slowest_s, answer.seconds)
-                        yield answer
+                        del member.shards[ref], member.given[ref]
+                        if answer.shard in self.left:  # else another worker was faster
+                            self._took.append(answer.seconds)
+                            self.left.remove(answer.shard)
+                            yield answer
 
     def _hung(self) -> Iterator[ShardReport]:
-        """Give up workers that have been silent for far longer than any shard has taken: a stopped process, a file
-        system or a GPU that never answers. Their shards are tried again; should they wake up, they change nothing."""
-        limit_s = self.options.hung_after
-        if limit_s is None:
-            if not self._slowest_s:
-                return  # nothing is known yet of how long a shard takes
-            limit_s = max(_HUNG_LEAST_S, _HUNG_TIMES * self._slowest_s)
+        """Give up workers that have answered no sample for far longer than any shard has taken: a stopped process, a
+        file system or a GPU that never answers. Their shards are tried again; should they wake up, they change nothing.
+        While nothing is known of how long a shard takes nobody is given up, and of those that load only who once has
+        answered and does no longer: others may download, or wait for a node."""
+        slowest_s = max(self._took, default=math.inf)
+        of_shards_s = self.options.hung_after or max(_HUNG_LEAST_S, _HUNG_TIMES * slowest_s)
         for member in list(self.members):
+            limit_s = of_shards_s if member.shards else _HUNG_LEAST_S if member.loading and member.begun else math.inf
             silent_s = time.monotonic() - member.heard
-            if member.shards and silent_s > limit_s:
+            if silent_s > limit_s:
                 self.ray.kill(member.actor)
                 yield from self._lost(member, TimeoutError(f"it has been silent for {silent_s:.0f} s"))
 
@@ -182,13 +247,15 @@ class Crew:
         if member.loading or isinstance(error.cause, (ConfigError, ManifestMismatch)):
             raise error.cause if isinstance(error.cause, ReinforceError) else error
         shard = member.shards.pop(ref)
+        del member.given[ref]
         member.heard = time.monotonic()
         member.raised.append(shard.name)
         yield from self._again(shard, f"{type(error.cause).__name__}: {error.cause}")
         if len(member.raised) >= _POISONED:
-            for other in member.shards.values():  # is not to blame, and counts no try
-                self.tries[other.name] -= 1
-                self.queue.append(other)
+            for other in list(member.shards.values()):  # is not to blame, and counts no try
+                if self._is_free(other, member):
+                    self.tries[other.name] -= 1
+                    self.queue.append(other)
             member.shards.clear()
             self.ray.kill(member.actor)
             told = (
@@ -200,9 +267,13 @@ class Crew:
         """The worker or its node is gone."""
         self.members.remove(member)
         self.num_lost += 1
+        self._samples_of_lost += member.samples
         self._failed_starts += bool(member.loading)
         if self._failed_starts >= _MAX_FAILED_STARTS:
-            raise ReinforceError(f"{self._failed_starts} workers in a row died while they loaded the models: {error}")
+            raise ReinforceError(
+                f"{self._failed_starts} workers in a row died while they loaded the models: "
+                f"{str(error).splitlines()[0]}; {self._needs()}"
+            )
         log.warning("lost a worker with %d shards: %s", len(member.shards), str(error).splitlines()[0])
         for shard in member.shards.values():
             self.deaths[shard.name] += 1
@@ -216,7 +287,7 @@ class Crew:
         """Workers that load, and shards that are at work."""
         members = list(self.members)  # this is asked in another thread
         loading = sum(bool(member.loading) for member in members)
-        at_work = [shard.name for member in members for shard in list(member.shards.values())]
+        at_work = sorted({shard.name for member in members for shard in list(member.shards.values())})
         parts = [f"workers that load the models: {loading} ({self.found})"] if loading else []
         parts += [f"shards: {', '.join(at_work[:8])}{', ..' * (len(at_work) > 8)}"] if at_work else []
         return "; ".join(parts) or "Ray"
@@ -225,10 +296,24 @@ class Crew:
         of = "GPU" if "num_gpus" in self.needs else "CPU core"
         return f"{self.low}{' or more' * (self.high > self.low)} workers, each with one {of}"
 
+    def _needs(self) -> str:
+        """Loads torch and open_clip: asked when a run ends."""
+        from reinforce.models import needs
+
+        return needs.told(self.recipe, "num_gpus" in self.needs)
+
+    def _is_free(self, shard: Shard, of: _Member | None = None) -> bool:
+        """Whether it is to be done still, and nobody (but `of`) has it in hand."""
+        hands = (s.name for member in self.members if member is not of for s in member.shards.values())
+        return shard.name in self.left and shard.name not in hands
+
     def _again(self, shard: Shard, reason: str) -> Iterator[ShardReport]:
+        if not self._is_free(shard):
+            return
         if self.tries[shard.name] < self.options.attempts:
             self.queue.append(shard)
         else:
+            self.left.remove(shard.name)
             yield ShardReport(shard.name, error=reason)
 
 

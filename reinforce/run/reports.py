@@ -85,7 +85,6 @@ class RunReport:
             most = self.embedding_loss.get(teacher, lost)
             self.embedding_loss[teacher] = max(lost, most, key=lambda of: of["kl"])
 
-    def phrase(self, seconds: float) -> str:
-        """What a run's progress says after so many seconds of work."""
-        rate = self.samples / max(seconds, 1e-9)
-        return f"{self.samples} samples, {rate:.1f} samples/s, {len(self.failed)} failed"
+    def phrase(self) -> str:
+        """What a run's progress says beside its samples."""
+        return f"{len(self.failed)} failed" if self.failed else ""

@@ -45,6 +45,7 @@ class Worker:
         stored = self.store.manifest()
         self.columns = columns(recipe, (stored or self.manifest).format_version)
         self._models = threading.Lock()
+        self.samples = 0  # answered so far, also of shards that are under way
         classes = self.store.missing(CLASSES, class_columns(recipe))
         if stored or classes:
             self.promise()
@@ -77,6 +78,7 @@ class Worker:
                 with self._models:
                     for batch in ready:
                         work.answer(batch, pool)
+                        self.samples += len(batch.rows)
                         del batch  # its pictures make room for the next
             except (ShardError, ManifestMismatch) as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
@@ -84,7 +86,7 @@ class Worker:
                 if isinstance(error, ShardError):
                     work.refuse(str(error))
                 return ShardReport(shard.name, error=str(error), final=True, seconds=time.monotonic() - start)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if fault := device_fault(error):
                     raise fault from error
                 raise

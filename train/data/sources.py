@@ -222,11 +222,13 @@ class PlainSource:
         self.text_sets = [ORIGINAL]
         self.good_rows, self._sizes, self._captions = {}, {}, {}
         self.num_skipped, skipped, first, notes = 0, Counter[str](), dict[str, str](), Notes()
+        at = listed[0]
         with (
-            Progress(len(listed), "shard", title="looking at the tars") as progress,
+            Progress(len(listed), "shard", title="looking at the tars", waits_for=lambda: at.url) as progress,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
             for shard in listed:
+                at = shard
                 samples = list(pool.map(_looked_at, shards.read(shard, config.caption_files, notes)))
                 sizes = np.array([size for size, *_ in samples], dtype=np.int32).reshape(-1, 2)
                 self._sizes[shard.name] = sizes
