@@ -85,6 +85,13 @@ HungOption = Annotated[
         "and at least 300"
     ),
 ]
+StatisticsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="add a line of JSON for each shard: samples, bad ones by reason, seconds, tries, and why it failed",
+    ),
+]
 _DEFAULTS = RunOptions()
 
 
@@ -110,10 +117,11 @@ def run(
     view_processes: ProcessesOption = _DEFAULTS.view_processes,
     decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
+    statistics: StatisticsOption = _DEFAULTS.statistics,
     json_: JsonOption = False,
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
-    options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
+    options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after, "statistics": statistics}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes, "decode_bytes": decode_bytes}
     _run(shards, store, recipe, set_, json_, texts, workers=workers, device=device, **options)
 
@@ -132,11 +140,12 @@ def extend(
     view_processes: ProcessesOption = _DEFAULTS.view_processes,
     decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
+    statistics: StatisticsOption = _DEFAULTS.statistics,
     json_: JsonOption = False,
 ) -> None:
     """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
     there stays as it is, and may be read meanwhile."""
-    options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after}
+    options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after, "statistics": statistics}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes}
     options |= {"decode_bytes": decode_bytes, "extend": True}
     _run(shards, store, recipe, set_, json_, [], workers=workers, device=device, **options)

@@ -297,6 +297,9 @@ class RunOptions(Config):
         description="seconds of silence after which a worker is given up; by default ten times what the slowest shard "
         "took, and at least 300",
     )
+    statistics: str | None = Field(
+        None, description="file to which a line of JSON is added for each shard that was done or has failed"
+    )
     extend: bool = Field(
         False, description="add what the recipe has and the store has not: teachers, captioners, view sets, class sets"
     )

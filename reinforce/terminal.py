@@ -115,7 +115,13 @@ def print_tree(tree: dict[str, Any], indent: str = "") -> None:
             for item in value:
                 say(f"{indent}  {'  '.join(item.values()) if isinstance(item, dict) else item}")
         else:
-            say(f"{indent}{name}: {'none' if value in ([], {}, None) else value}")
+            say(f"{indent}{name}: {_shown(value)}")
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "none" if value in ([], {}, None) else value
 
 
 @contextmanager

@@ -119,6 +119,26 @@ def test_a_fault_of_the_disk_gets_another_try(
         assert [(f.attempts, "Input/output error" in f.reason) for f in report.failed] == [(3, True)]
 
 
+def test_what_each_shard_had_is_written_where_it_is_asked_for(recipe: Recipe, tars: list[str], tmp_path: Path) -> None:
+    """A line for each shard that a run had to do, which add up to its report; another run adds its own."""
+    lines = tmp_path / "new" / "shards.jsonl"
+    options = RunOptions(workers="0", device="cpu", statistics=str(lines))
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(b"no tar")
+    report = driver.run("::".join([*tars, str(broken)]), str(tmp_path / "s"), recipe, options)
+    told = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [line["shard"] for line in told] == [*(Path(tar).stem for tar in tars), "broken"]
+    assert [line["shard"] for line in told if line["error"]] == ["broken"]
+    assert sum(line["read"] for line in told) == report.samples == 35
+    assert sum(line["valid"] for line in told) == report.valid == 34
+    assert [line["quarantined"] for line in told if line["quarantined"]] == [report.quarantined]
+    assert all(line["seconds"] > 0 and line["tries"] == 1 for line in told if not line["error"])
+    driver.run("::".join([*tars, str(broken)]), str(tmp_path / "s"), recipe, options)
+    assert [json.loads(line)["shard"] for line in lines.read_text().splitlines()[6:]] == ["broken"]
+    with pytest.raises(IsADirectoryError):
+        driver.run(str(broken), str(tmp_path / "s"), recipe, options.but(statistics=str(tmp_path)))
+
+
 def test_a_recipe_that_disagrees_stops_before_any_work(recipe: Recipe, tars: list[str], tmp_path: Path) -> None:
     options = RunOptions(workers="0", device="cpu")
     driver.run(tars[2], str(tmp_path / "s"), recipe, options)

@@ -6,7 +6,6 @@ SIGTERM (run it again).
 
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from reinforce.config import CAPTION_FILES, CaptionFiles, parse
-from reinforce.errors import ConfigError, SampleError
+from reinforce.errors import ConfigError
 from reinforce.lines import say
 from reinforce.recipes import choice, listed
 from reinforce.terminal import (
@@ -28,7 +27,9 @@ from reinforce.terminal import (
     start,
     typed,
 )
+from train.comkd import commands as comkd
 from train.config import TrainConfig, load_training
+from train.options import EVAL_HELP, EvalOption, eval_sets, show_report
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-_EVAL_HELP = "a folder in CLIP_benchmark's layout, or tars with captions; may be repeated"
 StudentArgument = Annotated[
     str, typer.Argument(metavar="STUDENT", help="a name of the table, or a folder such as runs/NAME/student")
 ]
@@ -85,7 +85,7 @@ def fit(
             autocompletion=lambda: list(listed("TRAINING")),
         ),
     ] = None,
-    eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
+    eval_: EvalOption = [],
     set_: SetOption = [],
     json_: JsonOption = False,
 ) -> None:
@@ -95,20 +95,20 @@ def fit(
         asked: dict[str, Any] = {"shards": shards or "", "store": store}
         asked |= {"data": _data(data, weight)} if data else {}
         asked |= {"student": student} if student else {}
-        asked |= {"eval_sets": _eval_sets(eval_)} if eval_ else {}
+        asked |= {"eval_sets": eval_sets(eval_)} if eval_ else {}
         config = parse(TrainConfig, config.model_dump() | asked, "the request")
         from train.trainer import fit as fit_student
 
         report = fit_student(config, out)
         if int(os.environ.get("RANK", 0)) == 0:
-            show(report, json_, f"{typed('clip-train')} eval {out / 'student'} NAME=SET")
+            show_report(report, json_, f"{typed('clip-train')} eval {out / 'student'} NAME=SET")
 
 
 @app.command(name="eval")
 def eval_(
     student: StudentArgument,
     sets: Annotated[
-        list[str], typer.Argument(metavar="NAME=SET", help=f"{_EVAL_HELP}; with --suite the folder of its sets")
+        list[str], typer.Argument(metavar="NAME=SET", help=f"{EVAL_HELP}; with --suite the folder of its sets")
     ],
     suite: Annotated[
         Literal["datacomp"] | None, typer.Option(help="DataComp's 38 tasks, as many of them as the folder has")
@@ -128,7 +128,7 @@ def eval_(
 ) -> None:
     """Score a student: zero-shot classification where images have classes, retrieval where they have captions.
 
-    All scores are shares from 0 to 1.
+    Scores are in percent, and with --json shares from 0 to 1.
 
     A student trained with comkd is scored on its own classes, by the base-to-novel protocol.
 
@@ -137,6 +137,7 @@ def eval_(
     """
     with errors_as_sentences():
         from reinforce.models.device import pick_device
+        from train.evaluation.metrics import in_percent
         from train.evaluation.sets import EvalSet
         from train.trained import load
 
@@ -145,8 +146,9 @@ def eval_(
         if suite:
             _suite(student, place, sets, batch_size, precision, json_)
             return
-        opened = {name: EvalSet(url, files=files) for name, url in _eval_sets(sets).items()}
-        show(load(student, place).evaluate(opened, batch_size, precision), json_)
+        opened = {name: EvalSet(url, files=files) for name, url in eval_sets(sets).items()}
+        found = load(student, place).evaluate(opened, batch_size, precision)
+        show(found if json_ else in_percent(found), json_)
 
 
 @app.command()
@@ -222,81 +224,8 @@ def latency(
         say(*(json.dumps([asdict(row) for row in rows]) if json_ else table(rows)).split("\n"))
 
 
-@app.command()
-def adapt(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA", help="labelled images: a folder in CLIP_benchmark's layout, with a split `train`"
-        ),
-    ],
-    teacher: Annotated[
-        str | None, typer.Option(help="an open_clip model, or local-dir:FOLDER; without it, the recipe's")
-    ] = None,
-    pretrained: Annotated[str | None, typer.Option(help="the teacher's weights: a tag of open_clip, or a file")] = None,
-    out: Annotated[Path, typer.Option(callback=home, help="the file to write")] = Path("runs/prompts.safetensors"),
-    recipe: Annotated[
-        str, typer.Option(help="name of a recipe with an ADAPTATION, or a path: mine.py, mine.json")
-    ] = "comkd",
-    eval_: Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", help=_EVAL_HELP)] = [],
-    set_: SetOption = [],
-    json_: JsonOption = False,
-) -> None:
-    """Adapt a CLIP teacher to labelled images by prompts: a file that a recipe names as the teacher's `prompts`."""
-    with errors_as_sentences():
-        from train.comkd.adapt import AdaptConfig, load_adaptation
-        from train.comkd.adapt import adapt as adapt_teacher
-
-        if pretrained and not teacher:
-            raise ConfigError(f"--pretrained {pretrained} needs --teacher: whose weights are they?")
-        config = load_adaptation(recipe, set_)
-        asked: dict[str, Any] = {"data": data}
-        asked |= {"teacher": {"model": teacher, "pretrained": pretrained}} if teacher else {}
-        asked |= {"eval_sets": _eval_sets(eval_)} if eval_ else {}
-        config = parse(AdaptConfig, config.model_dump() | asked, "the request")
-        show(
-            adapt_teacher(config, out),
-            json_,
-            f"{typed('clip-reinforce')} run .. with a recipe whose teacher has prompts={out} "
-            "and whose class_sets name the classes",
-        )
-
-
-@app.command()
-def classify(
-    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a student trained with comkd")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="image files")],
-    device: DeviceOption = "auto",
-    json_: JsonOption = False,
-) -> None:
-    """Give the three most probable classes of each image, among the classes that the student was trained on.
-
-    The numbers are probabilities from 0 to 1. Over all classes they add up to 1.
-
-    Images that cannot be read are named on stderr, the others are classified, and the exit code is 1.
-
-    JSON has the probabilities under `classified` and the reasons under `failed`, both by file.
-    """
-    with errors_as_sentences():
-        from reinforce.data.images import decode
-        from reinforce.models.device import pick_device
-        from train.comkd.classifier import load
-
-        place = pick_device(device)
-        classifier = load(student).to(place)
-        classified, failed = dict[str, dict[str, float]](), dict[str, str]()
-        for path in images:
-            try:
-                picture = decode(path.read_bytes())
-            except (OSError, SampleError) as error:
-                failed[str(path)] = getattr(error, "strerror", None) or str(error)
-                say(f"error: {path}: {failed[str(path)]}; give image files", file=sys.stderr)
-                continue
-            probabilities = classifier.classify([picture])[0]
-            best = probabilities.argsort(descending=True)[:3].tolist()
-            classified[str(path)] = {classifier.names[i]: round(probabilities[i].item(), 4) for i in best}
-        show({"classified": classified, "failed": failed} if json_ else classified, json_)
-    raise typer.Exit(1 if failed else 0)
+for command in comkd.COMMANDS:
+    app.command()(command)
 
 
 def _suite(
@@ -315,16 +244,6 @@ def _suite(
     say(*([json.dumps(asdict(report))] if json_ else report.table().split("\n")))
     if report.failed:
         raise typer.Exit(1)
-
-
-def _eval_sets(texts: list[str]) -> dict[str, str]:
-    sets = {}
-    for text in texts:
-        name, equals, url = text.partition("=")
-        if not (name and equals and url):
-            raise ConfigError(f"{text}: write an evaluation set as NAME=SET, such as heldout=samples/heldout/00000.tar")
-        sets[name] = url
-    return sets
 
 
 def _data(texts: list[str], weights: list[float]) -> list[dict[str, Any]]:

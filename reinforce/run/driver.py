@@ -8,13 +8,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard, expand, stamp, tar_bytes
 from reinforce.errors import ConfigError, Corrupt, NotCommitted, ShardError
+from reinforce.lines import say
 from reinforce.progress import Progress, tell
 from reinforce.run.on_ray import Crew
 from reinforce.run.reports import Failure, RunReport, ShardReport
@@ -53,16 +56,32 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
         low, high = _worker_range(options)
         crew = Crew(store_url, recipe, options, low, high) if high and todo else _Alone(store_url, recipe, options)
-        with Progress(
-            len(todo), "shard", waits_for=crew.waits_for, samples=lambda: max(crew.samples, report.samples)
-        ) as progress:
-            for shard_report, attempts in crew.reinforce(todo):
-                report.add(shard_report, attempts)
+        samples = lambda: max(crew.samples, report.samples)  # noqa: E731
+        with (
+            _statistics(options) as statistics,
+            Progress(len(todo), "shard", waits_for=crew.waits_for, samples=samples) as progress,
+        ):
+            for shard_report, tries in crew.reinforce(todo):
+                report.add(shard_report, tries)
                 progress.add(report.phrase())
+                if statistics:
+                    say(shard_report.line(tries), file=statistics)
         report.workers_lost = crew.num_lost
     store.objects.sweep()
     report.seconds = time.monotonic() - start
     return report
+
+
+@contextmanager
+def _statistics(options: RunOptions) -> Iterator[TextIO | None]:
+    """The file, where one is asked for. Whether it can be written is known before any work."""
+    if not options.statistics:
+        yield None
+        return
+    path = Path(options.statistics).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", buffering=1) as file:
+        yield file
 
 
 def lacking(store: Store, listed: list[Shard], wanted: list[Column]) -> dict[Shard, list[Column]]:

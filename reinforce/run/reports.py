@@ -1,7 +1,9 @@
 """What workers and runs say they did: counts, never data. These travel through Ray and out of `--json`."""
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 
 from reinforce.lines import plain, without_secrets
 
@@ -28,6 +30,11 @@ class ShardReport:
     @property
     def valid(self) -> int:
         return self.read - sum(self.quarantined.values())
+
+    def line(self, tries: int) -> str:
+        """All of it as one line of JSON, with the time at which it was told (UTC)."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return json.dumps({"time": now, "shard": self.shard, "valid": self.valid, "tries": tries} | asdict(self))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,17 @@ def evaluate(
     return results
 
 
+def in_percent(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of metrics, to be read: all that are no whole numbers are shares."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return in_percent(value)
+        return f"{value:.1%}" if isinstance(value, float) else value
+
+    return {name: shown(value) for name, value in found.items()}
+
+
 def zeroshot(
     image_features: Tensor, labels: Tensor, class_features: Tensor, coarse: Sequence[str] | None = None
 ) -> Metrics:

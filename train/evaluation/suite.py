@@ -110,11 +110,11 @@ class SuiteReport:
     def table(self) -> str:
         width = max(len(task.name) for task in DATACOMP)
         lines = [
-            f"{result['dataset']:{width}}  {result['metric']:21}  {result['metrics']['main_metric']:.4f}"
+            f"{result['dataset']:{width}}  {result['metric']:21}  {result['metrics']['main_metric']:6.1%}"
             for result in self.results
         ]
         if self.average is not None:
-            lines += ["", f"{'average':{width}}  of {self.num_tasks} of {len(DATACOMP):<15}  {self.average:.4f}", ""]
+            lines += ["", f"{'average':{width}}  of {self.num_tasks} of {len(DATACOMP):<15}  {self.average:6.1%}", ""]
         lines += [f"failed: {name}: {why}" for name, why in self.failed.items()]
         lines += [f"not in {self.folder}: {', '.join(self.absent)}"] if self.absent else []
         lines += [f"not computed: {name}: {why}" for name, why in self.not_computed.items()]
