@@ -24,6 +24,7 @@ from tests.processes import ROOT, command_line, kill, marked
 from tests.test_trainer import command, config, curve
 from train.trainer import fit
 
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m")
 SENT = [(signal.SIGINT, False), (signal.SIGTERM, True)]  # to the process alone, and to its group
 
 
@@ -228,3 +229,32 @@ def test_a_run_on_a_ray_of_its_own(
     code, seconds, told = run.ended()
     assert code == 128 + number and told.endswith(f"{STOPPED}\n"), told
     assert "Traceback" not in told and "***" not in told and seconds < 10
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("to", ["torchrun", "the group", "one rank"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_of_two_ranks_saves_once_and_goes_on(
+    reinforced: Reinforced, tmp_path: Path, number: signal.Signals, to: str
+) -> None:
+    """torchrun passes on what it gets; a rank that alone is told tells the others in its next step."""
+    asked = config(reinforced, steps=60, save_every_n_steps=1000)
+    out = tmp_path / "run"
+    run = Begun(*TORCHRUN, *command(asked, out, tmp_path))
+    run.after(lambda: (out / "metrics.jsonl").exists() and len(curve(out)) > 3)
+    if to == "one rank":
+        ranks = [pid for pid in marked(run.mark) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(ranks[-1], number)
+    else:
+        run.send(number, to == "the group")
+    code, seconds, told = run.ended()
+    assert code and seconds < 15, told
+    assert f"{STOPPED}\n" in told
+    [saved] = (out / "checkpoints").iterdir()
+    assert saved.stem == f"step_{len(curve(out)):08d}"
+    again = Begun(*TORCHRUN, *command(asked, out, tmp_path))
+    assert again.process.wait(120) == 0
+    calm = Begun(*TORCHRUN, *command(asked, tmp_path / "calm", tmp_path))
+    assert calm.process.wait(120) == 0
+    assert curve(out) == curve(tmp_path / "calm")

@@ -230,7 +230,13 @@ class Training(ABC, Generic[P]):
 
 
 def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:
-    return {f"{name}/{metric}": value for name, found in evaluated.items() for metric, value in found.items()}
+    """Without counts, which are the same at every step, and no curve."""
+    return {
+        f"{name}/{metric}": value
+        for name, found in evaluated.items()
+        for metric, value in found.items()
+        if not metric.startswith("num")
+    }
 
 
 def _commit() -> str | None:
