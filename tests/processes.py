@@ -95,9 +95,10 @@ class Node:
             "RAY_AUTH_MODE": "disabled",
             "PATH": f"{BIN}:{os.environ['PATH']}",
         }
+        port = [f"--dashboard-agent-listen-port={free_port('127.0.0.1')}"]  # else all of a machine ask for the same one
         self.log = (temp / f"{self.mark}.log").open("w")
         self.process = subprocess.Popen(
-            [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1", *arguments],
+            [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1", *port, *arguments],
             env=environment,
             stdout=self.log,
             stderr=self.log,

@@ -1,9 +1,12 @@
 """A real Ray of two nodes on loopback, a job sent with `ray job submit`, one node killed in mid-run: the same bytes."""
 
+import http.server
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import uuid
 import zipfile
 from pathlib import Path
@@ -12,10 +15,30 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
+from pipelines import submit
 from reinforce.config import Recipe, RunOptions
+from reinforce.errors import ConfigError
 from reinforce.run import driver
 from tests import tiny
-from tests.processes import ROOT, Node, command_line, connects, free_port, kill, wait_for
+from tests.processes import BIN, ROOT, Node, TwoNodes, command_line, connects, free_port, kill, marked, wait_for
+
+
+def test_a_cluster_that_takes_no_job_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """One that nobody answers for, after a while in which it may be starting; and one that is no dashboard, at once."""
+    monkeypatch.setattr(submit, "ANSWER_S", 0.5)
+    with pytest.raises(
+        ConfigError, match=r"^the cluster at http://127.0.0.1:9 takes no job: Failed to connect .*9; see"
+    ):
+        submit.submit("http://127.0.0.1:9", ["true"])
+    assert capsys.readouterr().err.startswith("waiting for the cluster at http://127.0.0.1:9: Failed to connect")
+    handler = type("NoDashboard", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(
+            ConfigError, match=r"takes no job: .*; see that it is up .* this is its dashboard's address"
+        ):
+            submit.submit(f"http://127.0.0.1:{server.server_port}", ["true"])
+        server.shutdown()
 
 
 def test_a_job_takes_the_code_along_and_no_data(tmp_path: Path) -> None:
@@ -41,23 +64,9 @@ def test_a_job_outlives_one_of_its_two_nodes(recipe: Recipe, tmp_path: Path) -> 
     driver.run(tars, str(tmp_path / "alone"), recipe, RunOptions(workers="0", device="cpu"))
     path = tmp_path / "recipe.json"
     path.write_text(recipe.model_dump_json())
-    port, dashboard = free_port("127.0.0.2"), free_port("127.0.0.1")
-    temp = Path(f"/tmp/ray-{uuid.uuid4().hex[:8]}")  # short: Ray puts sockets there, whose paths have a limit
-    temp.mkdir()
-    head = Node(
-        tmp_path,
-        "--head",
-        "--node-ip-address=127.0.0.2",
-        f"--port={port}",
-        "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}",
-        f"--temp-dir={temp}",
-    )
-    nodes = [head]
-    try:
+    dashboard = free_port("127.0.0.1")
+    with TwoNodes(tmp_path, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}") as nodes:
         wait_for(lambda: connects("127.0.0.1", dashboard), 120, "the dashboard")
-        second = Node(tmp_path, f"--address=127.0.0.2:{port}", "--node-ip-address=127.0.0.3")
-        nodes.append(second)
         job = subprocess.Popen(
             [
                 "make",
@@ -75,16 +84,13 @@ def test_a_job_outlives_one_of_its_two_nodes(recipe: Recipe, tmp_path: Path) -> 
             stderr=subprocess.STDOUT,
             text=True,
         )
-        wait_for(lambda: second.workers() and list(tmp_path.glob("s/*/key")), 300, "work on the second node", job)
-        second.kill()
+        wait_for(lambda: nodes.second.workers() and list(tmp_path.glob("s/*/key")), 300, "work on the second node", job)
+        nodes.second.kill()
         out, _ = job.communicate(timeout=400)
-        assert job.returncode == 0, out
-        told = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
-        assert told["failed"] == [] and told["workers_lost"] >= 1
-        assert tiny.tree(tmp_path / "s") == tiny.tree(tmp_path / "alone")
-    finally:
-        for node in nodes:
-            node.kill()
+    assert job.returncode == 0, out
+    told = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
+    assert told["failed"] == [] and told["workers_lost"] >= 1
+    assert tiny.tree(tmp_path / "s") == tiny.tree(tmp_path / "alone")
 
 
 @pytest.mark.chaos
@@ -110,3 +116,36 @@ def test_a_head_that_is_lost_is_a_sentence_and_the_next_run_goes_on(recipe: Reci
     assert f"error: Ray's head at 127.0.0.2:{port} is lost" in told and "Traceback" not in told and "***" not in told
     again = subprocess.run([*command, "0"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert "6 shards" in again.stdout
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_cluster_by_hand_as_the_page_types_it(recipe: Recipe, tmp_path: Path) -> None:
+    """Its three lines, and a run from a shell of its own; both nodes are on this machine. Ray's own port is used."""
+    page = (ROOT / "docs/cluster.md").read_text().partition("## A cluster by hand")[2]
+    mode, head, other = [line.partition("#")[0].strip() for line in page.split("```")[1].strip().splitlines()]
+    assert head.startswith("ray start --head") and "RAY_ADDRESS=HEAD:6379 clip-reinforce run" in page
+    tars = "::".join(tiny.tar(tmp_path / f"{i:05d}.tar", 9, seed=i) for i in range(4))
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    mark = uuid.uuid4().hex
+
+    def typed(*lines: str) -> str:
+        """In a shell; stdout and stderr."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environment |= {"NODE_MARK": mark, "PATH": f"{BIN}:{os.environ['PATH']}"}
+        told = tmp_path / "told"
+        with told.open("w") as out:  # no pipe: what `ray start` leaves behind would keep it open
+            done = subprocess.run(
+                ["bash", "-ec", "\n".join(lines)], cwd=tmp_path, env=environment, stdout=out, stderr=out, check=False
+            )
+        assert done.returncode == 0, told.read_text()
+        return told.read_text()
+
+    try:
+        address = re.search(r"ray start --address='([\d.]+):6379'", typed(mode, head))[1]
+        typed(mode, other.replace("HEAD", address))
+        run = f"RAY_ADDRESS={address}:6379 clip-reinforce run '{tars}' --store s --recipe recipe.json --workers 2"
+        told = typed(mode, run)
+    finally:
+        kill(marked(mark, "NODE_MARK"))
+    assert "Ray: 2 nodes with" in told and "4 of 4 shards reinforced" in told
