@@ -13,6 +13,7 @@ import pytest
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.run import driver
+from reinforce.store.objects import PARTIAL
 from tests import tiny
 from tests.processes import Run, TwoNodes, kill
 
@@ -34,9 +35,9 @@ def wait_for_a_random_moment(run: Run, nodes: TwoNodes, store: Path, rng: random
     while not nodes.workers() and run.process.poll() is None:
         time.sleep(0.02)
     if rng.random() < 0.7:
-        begun = time.time()
-        written = lambda: store.is_dir() and store.stat().st_mtime > begun  # noqa: E731 - a shard's group was begun
-        while not written() and run.process.poll() is None:
+        partial = store / PARTIAL  # where each object is before it is whole
+        before = time.time()
+        while not (partial.is_dir() and partial.stat().st_mtime > before) and run.process.poll() is None:
             time.sleep(0.02)
     time.sleep(rng.uniform(0, 4))
 

@@ -18,8 +18,7 @@ import pytest
 from reinforce.config import Recipe, RunOptions
 from reinforce.run import driver
 from tests import tiny
-from tests.processes import ROOT, kill, marked
-from tests.test_cluster import BIN, free_port, wait_for
+from tests.processes import BIN, ROOT, free_port, kill, marked, wait_for
 
 CLUSTER = ROOT / "pipelines/cluster"
 SLURM = {
