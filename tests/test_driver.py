@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,59 @@ def test_what_a_slow_worker_has_in_hand_is_done_by_one_that_is_idle(
     assert (report.done, report.samples, report.failed, report.workers_lost) == (5, 35, [], 0)
     assert report.seconds < 55
     assert tiny.tree(tmp_path / "s") == alone
+
+
+class WithOneStopped(WithOneSlow):
+    """The first that loads stops at its first shard."""
+
+    def reinforce(self, shard: Shard) -> ShardReport:
+        if self.slow:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return on_ray_room.RemoteWorker.reinforce(self, shard)
+
+
+class WithOneTenTimesSlower(WithOneSlow):
+    """The process of the first that loads is stopped for nine tenths of the time."""
+
+    def load(self, *arguments: Any) -> None:
+        super().load(*arguments)
+        if self.slow:
+            pid = os.getpid()
+            subprocess.Popen(
+                ["bash", "-c", f"while kill -STOP {pid}; do sleep .9; kill -CONT {pid}; sleep .1; done"],
+                stderr=subprocess.DEVNULL,
+            )
+
+    def reinforce(self, shard: Shard) -> ShardReport:
+        return on_ray_room.RemoteWorker.reinforce(self, shard)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_one_bad_worker_of_four_costs_little(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 1.3 times what three good ones take, to the same bytes. It is timed: nothing else may run beside it."""
+    tars = "::".join(tiny.tar(tmp_path / f"in/{i:05d}.tar", 40, seed=i) for i in range(60))
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+
+    def seconds(name: str, num_workers: int) -> float:
+        folder = tmp_path / name
+        folder.mkdir()
+        options = RunOptions(workers=str(num_workers), device="cpu")
+        report = driver.run(tars, str(folder / "s"), recipe, options)
+        assert (report.done, report.failed) == (60, [])
+        Store(str(folder / "s")).objects.sweep()  # as the next run does
+        print(f"{name}: {report.seconds:.1f} s, {report.workers_lost} workers lost", flush=True)
+        return report.seconds
+
+    try:
+        calm_s = seconds("calm", 3)
+        for kind in (WithOneTenTimesSlower, WithOneStopped, WithOneThatAlwaysFails):
+            monkeypatch.setattr(on_ray_room, "RemoteWorker", kind)
+            assert seconds(kind.__name__, 4) < 1.3 * calm_s
+            assert tiny.tree(tmp_path / kind.__name__ / "s") == tiny.tree(tmp_path / "calm/s")
+    finally:
+        made.shutdown()
 
 
 class WithOneStoppedInLoading(on_ray_room.RemoteWorker):
