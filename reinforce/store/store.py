@@ -22,14 +22,15 @@ from zarr.storage import FsspecStore, LocalStore
 from reinforce.config import Packing
 from reinforce.data.augment import OLD_PIXEL_HASH, PIXEL_HASH
 from reinforce.data.status import Status
-from reinforce.errors import Corrupt, NotCommitted, StoreError
+from reinforce.errors import Corrupt, NotCommitted
 from reinforce.store import arrays
 from reinforce.store.arrays import Encoded, Items, Recorded
 from reinforce.store.columns import DIGEST, IDENTITY, PLACE, STATUS, Column
 from reinforce.store.manifest import Manifest
-from reinforce.store.metadata import GROUP, METADATA, group_json, group_objects, is_sealed, sealed
+from reinforce.store.metadata import GROUP, METADATA, group_objects, is_sealed, sealed
 from reinforce.store.objects import Objects
 from reinforce.store.packing import unpacked
+from reinforce.store.promises import Promises, shards_of
 
 C = TypeVar("C", Column, str)
 
@@ -45,84 +46,33 @@ class Store:
         """Raises ConfigError for an empty address."""
         self.url = url
         self.objects = Objects(url)
-        self._manifest: Manifest | None = None
-        self._num_extensions = 0
-        self._promises: dict[Column, str] = {}  # of a column they never change, whatever a store grows by
+        self._promises = Promises(url, self.objects)
 
-    # -- manifest ------------------------------------------------------------------------------------------------
+    # -- manifest, as promises.py has it -------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """The store's manifest, or None where there is no store yet. Raises StoreError if it is not one of ours, or is
-        not as it was written, or has been lost."""
-        manifest = self._read_manifest()
-        # A manifest comes before any shard. So where there are shards, it may have come since it was looked for.
-        if manifest is None and (shards := self.shards()) and not (manifest := self._read_manifest()):
-            raise StoreError(
-                f"{self.url} holds '{shards[0]}' and no {METADATA}: its manifest is lost, or it is no store; restore "
-                "that file, or give another STORE"
-            )
-        return manifest
+        """What the store promises, or None where there is no store yet. Raises StoreError."""
+        return self._promises.newest()
 
     def promised(self) -> Manifest:
         """The manifest of a store that must exist. Raises StoreError."""
-        manifest = self.manifest()
-        if manifest is None:
-            raise StoreError(f"no store at {self.url}; make one with: clip-reinforce run SHARDS --store {self.url}")
-        return manifest
+        return self._promises.there()
 
     @property
     def manifests(self) -> list[str]:
-        """The names of the objects that the manifest was read from: the first, and one for each time it has grown."""
-        self.promised()
-        return [METADATA, *(_extension(number + 1) for number in range(self._num_extensions))]
+        """The names of the objects that the manifest was read from."""
+        return self._promises.names
 
     def promise(self, manifest: Manifest, extend: bool = False) -> None:
         """Write the manifest of a new store, or raise ManifestMismatch if the store promises something else. `extend`:
         where it promises less, let it promise this as well."""
-        if self.manifest() is None:
-            self.objects.create(METADATA, _manifest_json(manifest))
-        while extend:
-            stored = self.promised()
-            manifest = stored.extended(manifest, self.url)
-            if manifest.fingerprint == stored.fingerprint:
-                break
-            self.objects.create(_extension(self._num_extensions + 1), _manifest_json(manifest))
-            self._manifest = None  # ours, or that of another run, which ours must contain then
-        self.promised().check(manifest, self.url)
-        self.objects.sync("")  # whoever wrote it: what comes now must not survive a power cut that takes the manifest
-
-    def _read_manifest(self) -> Manifest | None:
-        """The newest. None of them is ever changed; one that came after this was opened is not looked for."""
-        if self._manifest is None:
-            manifest, number = self._manifest_at(METADATA), 0
-            while manifest and (larger := self._manifest_at(_extension(number + 1))):
-                manifest.extended(larger, self.url)
-                manifest, number = larger, number + 1
-            self._manifest, self._num_extensions = manifest, number
-        return self._manifest
-
-    def _manifest_at(self, path: str) -> Manifest | None:
-        try:
-            written = self.objects.get(path)
-            root = json.loads(written)
-            attributes = root.get("attributes", {})
-            tree = attributes.get("reinforce")
-        except FileNotFoundError:
-            return None
-        except (ValueError, AttributeError) as error:
-            raise StoreError(f"{self.url}/{path} is damaged: {error}; restore it, or give another STORE") from error
-        if tree is None:
-            raise StoreError(f"{self.url} is a Zarr store, but not one of this project; give another STORE")
-        manifest = Manifest.from_json(tree, self.url)
-        if manifest.format_version > 1 and not is_sealed(written, attributes):
-            raise StoreError(f"{self.url}/{path} is not as it was written; restore it, or give another STORE")
-        return manifest
+        self._promises.promise(manifest, extend)
 
     # -- columns -------------------------------------------------------------------------------------------------
 
     def shards(self) -> list[str]:
         """Names of the shards' groups, sorted."""
-        return [name for name in self.objects.folders() if not name.startswith((".", "__"))]
+        return shards_of(self.objects)
 
     def has(self, shard: str, column: Column | str) -> bool:
         return self.objects.exists(f"{shard}/{column}/{METADATA}")
@@ -243,12 +193,10 @@ class Store:
 
     def _binding(self, shard: str, column: Column) -> dict[str, Any]:
         """What a column of this store says of whose it is."""
-        if column not in self._promises and (manifest := self._read_manifest()):
-            self._promises[column] = manifest.promise(column)
-        return {"shard": shard, "column": str(column), "promise": self._promises.get(column, "")}
+        return {"shard": shard, "column": str(column), "promise": self._promises.of(column)}
 
     def _packing(self, column: Column) -> Packing:
-        manifest = self._read_manifest()
+        manifest = self._promises.read()
         return manifest.parsed_recipe().embeddings if manifest and column.teacher else "bf16"
 
     def _metadata(self, shard: str, column: Column | str) -> tuple[bytes, dict[str, Any]]:
@@ -266,7 +214,7 @@ class Store:
             sound = metadata["node_type"] == "array" and isinstance(attributes, dict)
         except (ValueError, KeyError, TypeError) as error:
             raise Corrupt(f"{self.url}: {path}/{METADATA} is damaged: {error}; verify the store") from None
-        manifest = self._read_manifest()
+        manifest = self._promises.read()
         if manifest and manifest.format_version == 1 and "checksum" not in attributes:
             return written, metadata  # it says less of itself
         if not sound or not is_sealed(written, attributes):
@@ -322,12 +270,3 @@ def said_of(column: Column, items: np.ndarray | Items, stamp: dict[str, int | st
     if column.part == "pixels":
         return {"hash": PIXEL_HASH}
     return {"num_good": int((np.asarray(items) == Status.GOOD).sum())} if column == STATUS else {}
-
-
-def _manifest_json(manifest: Manifest) -> bytes:
-    return sealed(json.loads(group_json({"reinforce": manifest.to_json()})))
-
-
-def _extension(number: int) -> str:
-    """Where the manifest of a store lies that has grown so many times."""
-    return f"manifest.{number:04d}.json"
