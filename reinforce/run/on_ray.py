@@ -20,6 +20,7 @@ from reinforce.data.shards import Shard
 from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, ReinforceError
 from reinforce.progress import tell
 from reinforce.run.cluster import joined
+from reinforce.run.remote_worker import RemoteWorker
 from reinforce.run.reports import ShardReport
 
 log = logging.getLogger(__name__)
@@ -30,24 +31,6 @@ _COUNT_S = 2.0  # how often workers are asked how far they are
 _HUNG_TIMES, _HUNG_LEAST_S = 10.0, 300.0  # a worker that is silent for so long is given up: see RunOptions.hung_after
 _LATE_TIMES, _LATE_LEAST_S = 2.0, 10.0  # a shard that takes so many times what others take: an idle worker does it, too
 _MAX_FAILED_STARTS = 3  # workers in a row that died before they were ready
-
-
-class RemoteWorker:
-    """A Worker in a process of its own, as a Ray actor. Loading is a call, so that its errors keep their type."""
-
-    def load(self, recipe: Recipe, store_url: str, options: RunOptions, folder: str) -> None:
-        if Path(folder).is_dir():
-            os.chdir(folder)  # the recipe's model folders are relative to where the run was started
-        from reinforce.run.worker import Worker
-
-        self.worker = Worker(recipe, store_url, options)
-
-    def reinforce(self, shard: Shard) -> ShardReport:
-        return self.worker.reinforce(shard)
-
-    def samples(self) -> int:
-        """How many it has answered in its life. A worker that loads answers this, one that is stopped does not."""
-        return self.worker.samples if hasattr(self, "worker") else 0
 
 
 @dataclass
@@ -127,8 +110,10 @@ class Crew:
         if time.monotonic() - self._counted < _COUNT_S:
             return
         self._counted = time.monotonic()
+        asked = [member.counting for member in self.members if member.counting]
+        done = set(self.ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
         for member in self.members:
-            if member.counting and self.ray.wait([member.counting], timeout=0)[0]:
+            if member.counting in done:
                 with contextlib.suppress(self.ray.exceptions.RayError):  # it is lost, as its other calls will tell
                     before, member.samples, member.begun = member.samples, self.ray.get(member.counting), True
                     if member.loading or member.samples > before:
@@ -219,7 +204,7 @@ class Crew:
                         member.raised = []
                         del member.shards[ref], member.given[ref]
                         if answer.shard in self.left:  # else another worker was faster
-                            self._took.append(answer.seconds)
+                            self._took += [] if answer.error else [answer.seconds]
                             self.left.remove(answer.shard)
                             yield answer
 
