@@ -247,7 +247,8 @@ for command in checking.COMMANDS:
 
 def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:
     if report.already_there == report.shards:
-        say(f"All {report.shards} shards are in {report.store} already; nothing to do ({report.seconds:.1f} s).")
+        all_of_them = "The shard is" if report.shards == 1 else f"All {report.shards} shards are"
+        say(f"{all_of_them} in {report.store} already; nothing to do ({report.seconds:.1f} s).")
     else:
         say(
             f"{report.done} of {report.shards} shards reinforced in {report.seconds:.0f} s"

@@ -100,6 +100,15 @@ def errors_only() -> Iterator[None]:
         logging.disable(before)
 
 
+def end_loader_workers(iterator: object) -> None:
+    """torch: the workers of a DataLoader end when its iterator is collected. An exception on its way out keeps that
+    alive, and Python waits for them before it exits: for ever, where they ignore signals. Without workers there is
+    nothing to do."""
+    end = getattr(iterator, "_shutdown_workers", None)
+    if end:
+        end()
+
+
 def full_float32() -> None:
     """torch on CUDA: float32 is rounded to TF32 in cuDNN's convolutions where nobody forbids it. What a manifest calls
     fp32 is fp32."""

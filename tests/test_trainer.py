@@ -1,8 +1,10 @@
 """A training as its user sees it: a kill changes no curve, ranks agree with one process, faults get a sentence."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reinforce.errors import ConfigError, Corrupt, Diverged
+from reinforce.errors import ConfigError, Corrupt, Diverged, NotCommitted, ReplayError
 from reinforce.models import tensorfile
 from tests import tiny
 from tests.conftest import Reinforced
@@ -245,6 +247,30 @@ def test_a_loss_that_is_nan_stops_with_its_samples(reinforced: Reinforced, tmp_p
     (path,) = tmp_path.glob("diverged_step_*")
     assert len(json.loads(path.read_text())["keys"]) == 8
     assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("fault", ["of a step", "of an image", "of a shard"])
+def test_an_error_leaves_no_worker_behind(reinforced: Reinforced, tmp_path: Path, fault: str) -> None:
+    """Not even while somebody holds it: Python waits at its exit for those that are left, and they ignore signals."""
+    asked = config(reinforced, workers=1)
+    if fault == "of a step":
+        asked = asked.but(lr=1e30, warmup=0, grad_clip_norm=None)
+    elif fault == "of a shard":
+        shutil.copytree(reinforced.store, tmp_path / "s")
+        for metadata in (tmp_path / "s").glob("0*/size/zarr.json"):
+            metadata.unlink()
+        asked = asked.but(store=str(tmp_path / "s"))
+    else:
+        tars = [shutil.copy(tar, tmp_path) for tar in reinforced.shards.split("::")]
+        for tar in tars:
+            damaged = bytearray(Path(tar).read_bytes())
+            damaged[1000:1200] = bytes(200)
+            Path(tar).write_bytes(damaged)
+        asked = asked.but(shards="::".join(tars))
+    expected = {"of a step": Diverged, "of an image": ReplayError, "of a shard": NotCommitted}[fault]
+    with pytest.raises(expected) as held:
+        fit(asked, tmp_path / "run")
+    assert held.value.__traceback__ and not multiprocessing.active_children()
 
 
 def test_the_average_is_what_is_evaluated_and_kept(reinforced: Reinforced, tmp_path: Path) -> None:

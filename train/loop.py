@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -77,7 +77,7 @@ class Training(ABC, Generic[P]):
         """What learns, where, and from what: for the line that a run begins with."""
 
     @abstractmethod
-    def batches(self, step: int) -> Iterator[list[P]]:
+    def batches(self, step: int) -> Generator[list[P], None, None]:
         """From that of step `step` on, each in the pieces that it is computed in. Functions of the seed and the step,
         so that a resumed run sees what the whole one would."""
 
@@ -146,8 +146,9 @@ class Training(ABC, Generic[P]):
         """Gives the metrics of the last step. Asked to stop, it ends the step under way; but where it waits for data,
         evaluates, or a step takes too long, it stops there. What is saved is what it was before that step."""
         metrics = journal.last_metrics  # of a run before, where no step is left
-        batches, first, saved = self.batches(step), step, step
-        with signals.taken():
+        first = saved = step
+        # Closed whatever happens: an exception on its way out keeps it alive, and with it the processes of its loader.
+        with signals.taken(), closing(self.batches(step)) as batches:
             try:
                 while step < self.num_steps:
                     before, journal.waits_for = time.monotonic(), "data"

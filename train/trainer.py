@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,10 @@ class _Fit(Training[Batch]):
             f"{self.loader.order.num_samples} samples, {self.source.num_skipped} left out"
         )
 
-    def batches(self, step: int) -> Iterator[list[Batch]]:
-        pieces = self.loader.batches(step, self.num_steps)
-        while batch := list(islice(pieces, self.config.accum_freq)):
-            yield batch
+    def batches(self, step: int) -> Generator[list[Batch], None, None]:
+        with closing(self.loader.batches(step, self.num_steps)) as pieces:
+            while batch := list(islice(pieces, self.config.accum_freq)):
+                yield batch
 
     def lr_at(self, step: int) -> float:
         return lr_at(step, self.num_steps, self.config)

@@ -279,6 +279,8 @@ class Crew:
 
     def _asks(self) -> str:
         of = "GPU" if "num_gpus" in self.needs else "CPU core"
+        if self.low == self.high == 1:
+            return f"1 worker, with one {of}"
         return f"{self.low}{' or more' * (self.high > self.low)} workers, each with one {of}"
 
     def _needs(self) -> str:

@@ -9,7 +9,7 @@ Reconstructed: the views (its random crops without the flip), and an SGD momentu
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -186,7 +186,7 @@ class _Adaptation(Training[_Batch]):
             f"{self.num_classes} classes, {self.num_skipped} left out"
         )
 
-    def batches(self, step: int) -> Iterator[list[_Batch]]:
+    def batches(self, step: int) -> Generator[list[_Batch], None, None]:
         """In an epoch every sample once, in an order drawn for it."""
         for at in range(step, self.num_steps):
             epoch, number = divmod(at, self.steps_per_epoch)

@@ -7,7 +7,7 @@ come in the order in which they were asked for, so they are the same for any num
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from reinforce import process
 from reinforce.data.shards import Place
 from reinforce.data.views import replayed
 from reinforce.errors import ReinforceError
@@ -106,17 +107,21 @@ class Loader:
     def steps_per_epoch(self) -> int:
         return self.order.steps_per_epoch
 
-    def batches(self, step: int, last_step: int) -> Iterator[Batch]:
+    def batches(self, step: int, last_step: int) -> Generator[Batch, None, None]:
         """The pieces of steps `step` to `last_step`, which is not among them.
 
         Raises ShardError, ReplayError, ManifestMismatch, NotCommitted, Corrupt, each naming the sample or the shard.
         """
         asked: deque[list[_Row]] = deque()
+        failed: list[Exception] = []
 
         def works() -> Iterator[_Work]:
-            for rows in islice(self._rows(step), (last_step - step) * self._pieces):
-                asked.append(rows)
-                yield _work(rows)
+            try:
+                for rows in islice(self._rows(step), (last_step - step) * self._pieces):
+                    asked.append(rows)
+                    yield _work(rows)
+            except Exception as error:  # torch, which asks ahead, would leave its workers behind
+                failed.append(error)
 
         loader = DataLoader(
             self._views,
@@ -127,10 +132,16 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_without_signals,
         )
-        for made in loader:
-            if isinstance(made, ReinforceError):
-                raise made
-            yield _batch(asked.popleft(), *made)
+        iterator = iter(loader)
+        try:
+            for made in iterator:
+                if isinstance(made, ReinforceError):
+                    raise made
+                yield _batch(asked.popleft(), *made)
+            if failed:
+                raise failed[0]
+        finally:
+            process.end_loader_workers(iterator)
 
     def _rows(self, step: int) -> Iterator[list[_Row]]:
         """The rows of one piece after the other."""
