@@ -58,6 +58,11 @@ def submit(address: str, command: list[str]) -> int:
 
 
 def _sent(address: str, **job: Any) -> tuple[JobSubmissionClient, str]:
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{address} takes no jobs: they go to the cluster's dashboard, RAY_ADDRESS=http://HEAD:8265; HEAD:6379 is "
+            "for `RAY_ADDRESS=HEAD:6379 clip-reinforce run ..` on one of its nodes"
+        )
     until, told = time.monotonic() + ANSWER_S, False
     while True:
         try:

@@ -7,6 +7,7 @@
     ├── SampleError (ValueError)        one image or caption cannot be used; goes to quarantine
     ├── ReplayError (ValueError)        view parameters and image do not belong together
     ├── Diverged (ArithmeticError)      a loss is NaN or infinite
+    ├── Unwritable                      the store takes nothing more: its disk is full, or may not be written to
     ├── DeviceLost (RuntimeError)       a GPU has failed, and this process can use it no more
     ├── HubError (OSError)              a hub of models does not answer, or refuses
     └── StoreError
@@ -71,6 +72,10 @@ class ReplayError(ReinforceError, ValueError):
 
 class Diverged(ReinforceError, ArithmeticError):
     """The loss of a step is NaN or infinite; nothing of that step was kept."""
+
+
+class Unwritable(ReinforceError):
+    """No other shard could be written either, and each would be computed in vain."""
 
 
 class DeviceLost(ReinforceError, RuntimeError):

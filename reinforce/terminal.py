@@ -27,6 +27,9 @@ REMEDIES = {
     errno.EACCES: _RIGHT,
     errno.EPERM: _RIGHT,
     errno.EROFS: "it can only be read; write somewhere else",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "it is a file; name a folder",
+    errno.ENOTDIR: "a part of that path is a file; name another",
 }
 
 
@@ -113,9 +116,13 @@ def print_tree(tree: dict[str, Any], indent: str = "") -> None:
         elif isinstance(value, list) and value:
             say(f"{indent}{name}:")
             for item in value:
-                say(f"{indent}  {'  '.join(item.values()) if isinstance(item, dict) else item}")
+                say(f"{indent}  {_in_a_line(item) if isinstance(item, dict) else item}")
         else:
             say(f"{indent}{name}: {_shown(value)}")
+
+
+def _in_a_line(item: dict[str, Any]) -> str:
+    return "  ".join(str(_shown(value)) for value in item.values() if value not in ("", [], {}, None))
 
 
 def _shown(value: Any) -> Any:

@@ -24,7 +24,10 @@ from tests.processes import BIN, ROOT, Node, TwoNodes, command_line, connects, f
 
 
 def test_a_cluster_that_takes_no_job_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """One that nobody answers for, after a while in which it may be starting; and one that is no dashboard, at once."""
+    """The address of its head, which is for something else; one that nobody answers for, after a while in which it may
+    be starting; and one that is no dashboard."""
+    with pytest.raises(ConfigError, match=r"^localhost:6379 takes no jobs: they go to the cluster's dashboard"):
+        submit.submit("localhost:6379", ["true"])
     monkeypatch.setattr(submit, "ANSWER_S", 0.5)
     with pytest.raises(
         ConfigError, match=r"^the cluster at http://127.0.0.1:9 takes no job: Failed to connect .*9; see"

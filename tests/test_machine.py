@@ -4,6 +4,7 @@ import errno
 import functools
 import http.server
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from reinforce.data import shards
 from reinforce.data.copies import local_copy
 from reinforce.data.remote import as_os_errors
 from reinforce.data.shards import expand
-from reinforce.errors import ConfigError, ShardError
+from reinforce.errors import ConfigError, ShardError, Unwritable
 from reinforce.run import driver
 from reinforce.run.on_ray import _absolute
 from reinforce.store import objects
@@ -106,7 +107,7 @@ def test_faults_of_ours_stay_what_they_are() -> None:
         raise missing
 
 
-def test_a_full_disk_is_not_tried_again(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_a_run_at_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tars = "::".join(tiny.tar(tmp_path / f"{i:05d}.tar", 4, seed=i) for i in range(2))
     opened, room = objects._opened, [9]
 
@@ -117,13 +118,38 @@ def test_a_full_disk_is_not_tried_again(recipe: Recipe, tmp_path: Path, monkeypa
         return opened(partial)
 
     monkeypatch.setattr(objects, "_opened", full)
-    report = driver.run(tars, str(tmp_path / "s"), recipe, RUN)
-    assert report.done == 0 and [failure.attempts for failure in report.failed] == [1, 1]
-    assert all(
-        "no room for its columns in" in f.reason and "free some, and run again" in f.reason for f in report.failed
-    )
+    with pytest.raises(Unwritable, match=r"s takes no more: No space left on device; free some room .*run again"):
+        driver.run(tars, str(tmp_path / "s"), recipe, RUN)
     monkeypatch.setattr(objects, "_opened", opened)
     assert driver.run(tars, str(tmp_path / "s"), recipe, RUN).done == 2
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="root writes anywhere, unless setpriv takes that from it")
+def test_a_folder_that_may_not_be_written_is_told_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    asked = ["--store", str(closed / "s"), "--recipe", str(tmp_path / "recipe.json"), "--workers", "0"]
+    rights = "-dac_override,-dac_read_search"
+    done = subprocess.run(
+        ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", sys.executable, "-m", "reinforce", "run"]
+        + [tiny.tar(tmp_path / "00000.tar", 4), *asked],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {closed}: Permission denied; ask for the right to it, or write somewhere else\n"
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "report"])
+def test_a_store_of_no_known_kind_is_a_sentence(command: str) -> None:
+    code, out, err = here(app, command, "foo://bar/x")
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: foo://bar/x: no file system is called 'foo'; try s3://, gs:// or hf://\n",
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system wants root")

@@ -190,6 +190,21 @@ def test_what_is_foreign_is_told_and_removed_only_when_asked(made: tuple[str, Pa
     assert tiny.tree(store) == whole
 
 
+def test_what_cannot_be_mended_is_told(made: tuple[str, Path, dict[str, bytes]], tmp_path: Path) -> None:
+    """Of another tar a shard fails, and of none at all its columns stay away: exit code 1, and why."""
+    tars, store, _ = made
+    first, second = tars.split("::")
+    shutil.copytree(store, tmp_path / "s")
+    Store(str(tmp_path / "s")).remove("00001", "view/base/vit")
+    for given, told in ((edited(second, swap_images), "    00001: "), (first, "left:\n  00001/view/base/vit")):
+        code, out, err = here(
+            app, "repair", str(tmp_path / "s"), "--shards", given, "--workers", "0", "--device", "cpu"
+        )
+        assert code == 1 and told in out and "not all is mended" in out, (out, err)
+    code, out, _ = here(app, "repair", str(tmp_path / "s"), "--shards", tars, "--workers", "0", "--device", "cpu")
+    assert code == 0 and out.endswith("sound\n") and tiny.tree(tmp_path / "s") == tiny.tree(store)
+
+
 def test_a_shard_is_made_again_of_a_tar_that_was_replaced(
     made: tuple[str, Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -201,6 +216,15 @@ def test_a_shard_is_made_again_of_a_tar_that_was_replaced(
         redo(str(tmp_path / "s"), ["7"], new, OPTIONS)
     with pytest.raises(ConfigError, match=r"has no 00000\.tar"):
         redo(str(tmp_path / "s"), ["00000"], new, OPTIONS)
+    cut = tmp_path / "00001.tar"
+    for wrong, told in (
+        (Path(second).read_bytes()[:3000], "nothing was removed: .*ends"),
+        (b"", "nothing was removed"),
+    ):
+        cut.write_bytes(wrong)
+        with pytest.raises(ConfigError, match=told):
+            redo(str(tmp_path / "s"), ["00001"], str(cut), OPTIONS)
+        assert tiny.tree(tmp_path / "s") == tiny.tree(store)
     before = Store(str(store)).read("00001", "digest")
     report = redo(str(tmp_path / "s"), ["00001"], f"{first}::{new}", OPTIONS)
     assert report.sound and report.run and (report.run["done"], report.run["already_there"]) == (1, 1)

@@ -131,8 +131,14 @@ def _mend(work: Callable[[RunOptions], "RepairReport"], store: str, workers: str
         options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")
         with redirect_stdout(sys.stderr):
             report = work(options)
-        again = f"{typed('clip-reinforce')} repair {store} --shards 'DIR/*.tar'   computes again what was removed"
-        show(asdict(report), json_, "" if report.run else again)
+        again = f"{typed('clip-reinforce')} repair {store} --shards 'DIR/*.tar'   computes again what is left"
+        shown = asdict(report)
+        if report.run and not json_:
+            failed = [f"{failure['shard']}: {failure['reason']}" for failure in report.run["failed"]]
+            shown["run"] = {"done": report.run["done"], "seconds": report.run["seconds"], "failed": failed}
+        show(shown, json_, "" if report.sound else again)
+        if not json_:
+            say("sound" if report.sound else "not all is mended")
     raise typer.Exit(0 if report.sound else 1)
 
 

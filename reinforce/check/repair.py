@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from reinforce.check.verify import verify
-from reinforce.config import RunOptions
+from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
-from reinforce.errors import ConfigError
+from reinforce.data.shards import Shard
+from reinforce.data.status import Status
+from reinforce.errors import ConfigError, ShardError
 from reinforce.run import driver
 from reinforce.store.columns import CLASSES, Column
 from reinforce.store.metadata import GROUP, METADATA
@@ -20,18 +22,20 @@ from reinforce.store.store import Store
 @dataclass
 class RepairReport:
     """`removed` are the damaged columns and objects that were taken out, `missing` what was not there before, `foreign`
-    what is no part of the store (still there, unless its removal was asked for), `run` what came of computing columns
+    what is no part of the store (still there, unless its removal was asked for), `left` what of all that was missing or
+    taken out is not there now, `run` what came of computing columns
     again, None where no shards were given."""
 
     store: str
     removed: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     run: dict[str, Any] | None = None
 
     @property
     def sound(self) -> bool:
-        return not self.run["failed"] if self.run else not (self.removed or self.missing)
+        return not self.left and not (self.run and self.run["failed"])
 
 
 def repair(url: str, patterns: str | None, options: RunOptions, remove_foreign: bool = False) -> RepairReport:
@@ -51,28 +55,46 @@ def repair(url: str, patterns: str | None, options: RunOptions, remove_foreign: 
             store.objects.remove(path)
     if patterns:
         report.run = asdict(driver.run(patterns, url, store.promised().parsed_recipe(), options))
+    report.left = _left(store, report)
     return report
 
 
 def redo(url: str, names: list[str], patterns: str, options: RunOptions) -> RepairReport:
     """Take out all columns of the shards `names`, and compute them again from the tars that `patterns` names.
 
-    Raises ConfigError, before anything is removed, where a shard is not in the store or has no tar.
+    Raises ConfigError, before anything is removed, where a shard is not in the store, or has no tar with good samples.
     """
     store = Store(url)
     manifest = store.promised()
-    tars = {shard.name for shard in shards.expand(patterns)}
+    tars = {shard.name: shard for shard in shards.expand(patterns)}
     for name in names:
-        if name not in store.shards():
-            raise ConfigError(f"{url} has no shard '{name}'; `clip-reinforce info` lists what it has")
+        if name not in (there := store.shards()):
+            has = ", ".join(there[:5]) + (f", .. {there[-1]}" if len(there) > 5 else "")
+            raise ConfigError(f"{url} has no shard '{name}'; it has {has}")
         if name not in tars:
             raise ConfigError(f"--shards {patterns} has no {name}.tar, and '{name}' is to be made again from it")
+        _check_tar(tars[name], manifest.parsed_recipe())
     report = RepairReport(url)
     for name in names:
         for column in reversed(manifest.columns()):  # the keys, which say whose the others are, last
             report.removed += _removed(store, f"{name}/{column}")
     report.run = asdict(driver.run(patterns, url, manifest.parsed_recipe(), options))
+    report.left = _left(store, report)
     return report
+
+
+def _left(store: Store, report: RepairReport) -> list[str]:
+    paths = dict.fromkeys(path for path in report.missing + report.removed if not path.endswith(METADATA))
+    return [path for path in paths if not store.has(*path.split("/", 1))]
+
+
+def _check_tar(shard: Shard, recipe: Recipe) -> None:
+    try:
+        good = sum(sample.status == Status.GOOD for sample in shards.read(shard, recipe.caption_files))
+    except ShardError as error:
+        raise ConfigError(f"nothing was removed: {error}") from None
+    if not good:
+        raise ConfigError(f"nothing was removed: {shard.url} has no good sample; give the tar that is to replace it")
 
 
 def _removed(store: Store, path: str) -> list[str]:

@@ -84,6 +84,7 @@ def verify(url: str, patterns: str | None, num_replays: int, device: str = "auto
         _compare_tars(store, manifest, listed, report)
         if num_replays:
             damaged = {fault.partition("/")[0].partition(":")[0] for fault in report.corrupt + report.other_tars}
+            damaged |= {path.partition("/")[0].partition(":")[0] for path in report.missing}
             whole = [shard for shard in listed if shard.name not in damaged]
             if {shard.name for shard in whole} & set(store.shards()):
                 report.replay, left_out = replay(store, manifest, whole, num_replays, device)
@@ -123,7 +124,7 @@ def _faults(store: Store, manifest: Manifest, group: str, present: list[Column])
             store.check(group, column)
             array = store.read(group, column, None, data)
         except StoreError as error:
-            yield column, str(error)
+            yield column, str(error).removeprefix(f"{store.url}: ").removeprefix(f"{group}/{column}: ")
             continue
         if column == STATUS:
             good = array == Status.GOOD
@@ -165,7 +166,7 @@ def _compare_tars(store: Store, manifest: Manifest, listed: list[Shard], report:
     """Every sample of the tars against the store, and the set of shards against the store's groups."""
     there = set(store.shards())
     names = {shard.name for shard in listed}
-    report.missing += sorted(f"{name}: its whole group" for name in names - there)
+    report.missing += sorted(f"{name}: its whole group, which was lost or never written" for name in names - there)
     report.unchecked += sorted(f"{name}: its tar was not given" for name in there - names)
     with Progress(len(listed), "shard", title="tars") as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
         for faults in pool.map(lambda shard: list(_tar_faults(store, manifest, shard)), listed):

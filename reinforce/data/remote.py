@@ -6,6 +6,11 @@ that waits for one. Only errors of such libraries are taken for it; a fault of o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from reinforce.errors import ConfigError, MissingExtra
 
 _LIBRARIES = {
     *("aiohttp", "aiobotocore", "botocore", "s3fs", "gcsfs", "google", "adlfs", "azure", "huggingface_hub"),
@@ -24,3 +29,15 @@ def as_os_errors() -> Iterator[None]:
         if type(error).__module__.partition(".")[0] not in _LIBRARIES:
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def file_system(url: str) -> Any:
+    """The kind of file system that an address is of. Raises ConfigError where there is none of that name, MissingExtra
+    where its package is not installed."""
+    protocol = fsspec.utils.get_protocol(url)
+    try:
+        return fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise MissingExtra(f"{url}: {error}") from None
+    except ValueError:
+        raise ConfigError(f"{url}: no file system is called '{protocol}'; try s3://, gs:// or hf://") from None

@@ -18,10 +18,10 @@ from reinforce.config import CAPTION_FILES, CaptionFiles
 from reinforce.data import captions, tars
 from reinforce.data.grouping import groups, split
 from reinforce.data.notes import REMEDIES, Notes
-from reinforce.data.remote import as_os_errors
+from reinforce.data.remote import as_os_errors, file_system
 from reinforce.data.status import Status
 from reinforce.data.tars import Member
-from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
+from reinforce.errors import ConfigError, SampleError, ShardError
 
 IMAGES = ("jpg", "png", "jpeg", "webp")  # the first of these that a sample has is its image
 OTHER_IMAGES = {*("avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jxl", "jp2", "svg", "ico", "jfif")}
@@ -103,13 +103,7 @@ def _urls(pattern: str) -> Iterator[str]:
     for url in urls:
         if url.startswith("pipe:"):
             raise ConfigError(f"{url}: pipes are not read; name the file itself, as s3://BUCKET/NAME.tar")
-        protocol = fsspec.utils.get_protocol(url)
-        try:
-            local = issubclass(fsspec.get_filesystem_class(protocol), LocalFileSystem)
-        except ImportError as error:
-            raise MissingExtra(f"{url}: {error}") from None
-        except ValueError:
-            raise ConfigError(f"{url}: no file system is called '{protocol}'; try s3://, gs:// or hf://") from None
+        local = issubclass(file_system(url), LocalFileSystem)
         if "*" not in url and not local:
             yield url
             continue

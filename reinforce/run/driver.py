@@ -35,7 +35,8 @@ _REQUESTS_AT_ONCE = 32
 def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> RunReport:
     """Reinforce every shard that `patterns` names and the store does not hold whole.
 
-    Raises ConfigError and ManifestMismatch before any work; shards that fail are in the report.
+    Raises ConfigError, ManifestMismatch and PermissionError before any work, Unwritable where the store's disk is full;
+    shards that fail are in the report.
     """
     start = time.monotonic()
     if options.workers != "auto":
@@ -51,6 +52,8 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     others = [failure for failure in _asked(store, partial(_other_tar, store), whole) if failure]
     report = RunReport(store_url, len(listed), len(listed) - len(todo) - len(others), failed=others)
     moved = manifest is not None and not manifest.same_paths(recipe)  # whether they are the same, a worker finds out
+    if todo:
+        store.objects.check_writable()
     if todo or moved or store.missing(CLASSES, class_columns(recipe)):  # any worker writes the latter
         if not os.environ.get("RAY_ADDRESS"):
             options = options.but(device=_local_device(options))  # a missing GPU is an error before anything starts
@@ -65,7 +68,7 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
                 report.add(shard_report, tries)
                 progress.add(report.phrase())
                 if statistics:
-                    say(shard_report.line(tries), file=statistics)
+                    _add(shard_report.line(tries), statistics)
         report.workers_lost = crew.num_lost
     store.objects.sweep()
     report.seconds = time.monotonic() - start
@@ -82,6 +85,14 @@ def _statistics(options: RunOptions) -> Iterator[TextIO | None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", buffering=1) as file:
         yield file
+
+
+def _add(line: str, file: TextIO) -> None:
+    try:
+        say(line, file=file)
+    except OSError as error:
+        error.filename = file.name  # a full disk does not say which it is
+        raise
 
 
 def lacking(store: Store, listed: list[Shard], wanted: list[Column]) -> dict[Shard, list[Column]]:

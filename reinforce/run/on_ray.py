@@ -17,7 +17,7 @@ from typing import Any
 
 from reinforce.config import Recipe, RunOptions
 from reinforce.data.shards import Shard
-from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, ReinforceError
+from reinforce.errors import ConfigError, DeviceLost, ManifestMismatch, ReinforceError, Unwritable
 from reinforce.progress import tell
 from reinforce.run.cluster import joined
 from reinforce.run.remote_worker import RemoteWorker
@@ -229,7 +229,7 @@ class Crew:
             self.ray.kill(member.actor)
             yield from self._lost(member, error.cause)
             return
-        if member.loading or isinstance(error.cause, (ConfigError, ManifestMismatch)):
+        if member.loading or isinstance(error.cause, (ConfigError, ManifestMismatch, Unwritable)):
             raise error.cause if isinstance(error.cause, ReinforceError) else error
         shard = member.shards.pop(ref)
         del member.given[ref]

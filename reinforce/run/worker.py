@@ -14,7 +14,7 @@ from reinforce import process
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
 from reinforce.data.shards import Shard
-from reinforce.errors import ManifestMismatch, ShardError
+from reinforce.errors import ManifestMismatch, ShardError, Unwritable
 from reinforce.models.device import card, device_fault, pick_device
 from reinforce.run.batches import ahead, batches
 from reinforce.run.loaded import Loaded
@@ -24,6 +24,8 @@ from reinforce.store import arrays
 from reinforce.store.columns import CLASSES, Column, class_columns, columns
 from reinforce.store.manifest import Manifest
 from reinforce.store.store import Store
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Worker:
@@ -63,7 +65,7 @@ class Worker:
         """Write the columns of `shard` that the store lacks. Safe to call from several threads, and to call again.
 
         Of a tar that is broken, the report says what is wrong. Raises OSError where another try may succeed, DeviceLost
-        where no other call of this process will.
+        where no other call of this process will, Unwritable where no call of any worker will.
         """
         start = time.monotonic()
         stamp = shards.stamp(shard.url)
@@ -90,7 +92,7 @@ class Worker:
                 if fault := device_fault(error):
                     raise fault from error
                 raise
-        refusal, final = work.rows.refusal(shard.url, self.options.max_invalid), True
+        refusal = work.rows.refusal(shard.url, self.options.max_invalid)
         if refusal:
             work.refuse(refusal)
         try:
@@ -99,11 +101,13 @@ class Worker:
         except ManifestMismatch as error:
             refusal = str(error)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in _UNWRITABLE and not isinstance(error, PermissionError):
                 raise
-            # To compute it all again, as for another fault, would only find the disk full again.
-            refusal = f"no room for its columns in {self.store.url} ({error.strerror}); free some, and run again"
-            final = False
+            # To compute it all again, as for another fault, or another shard, would only find the same again.
+            told = f"{self.store.url} takes no more: {error.strerror or error}"
+            raise Unwritable(
+                f"{told}; free some room there, or ask for the right to write, and run again. What was written is whole"
+            ) from error
         return ShardReport(
             shard.name,
             **work.rows.told(),
@@ -111,7 +115,7 @@ class Worker:
             columns_written=0 if refusal else len(work.wanted),
             seconds=time.monotonic() - start,
             error=refusal or work.lacks(),
-            final=final if refusal else bool(work.lacks()),
+            final=bool(refusal or work.lacks()),
             embedding_loss={} if refusal else work.lost,
         )
 

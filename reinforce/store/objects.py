@@ -19,7 +19,7 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.data.remote import as_os_errors
+from reinforce.data.remote import as_os_errors, file_system
 from reinforce.errors import ConfigError, StoreError
 
 PARTIAL = ".partial"  # where objects of a local store wait until they are whole
@@ -31,15 +31,25 @@ class Objects:
     """Paths are relative to the address of the store, with '/'."""
 
     def __init__(self, url: str) -> None:
-        """Raises ConfigError for an empty address."""
+        """Raises ConfigError for an empty address or one of no known kind, MissingExtra."""
         if not url.strip():
             raise ConfigError("the address of the store is empty; name a local path or an fsspec URL")
         self.url = url
+        file_system(url)
         # Listings are never cached: another process may have written since.
         self._fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         self.local = isinstance(self._fs, LocalFileSystem)
         # Otherwise s3fs asks for the size of each object first, to read a large one in parts at once.
         self._in_one_request = {"max_concurrency": 1} if "s3" in self._fs.protocol else {}
+
+    def check_writable(self) -> None:
+        """Before there is anything to write, as far as that is known: raises PermissionError where a folder on a local
+        disk, or the one that it will be made in, may not be written to."""
+        path = os.path.abspath(self.root)
+        while self.local and not os.path.lexists(path):
+            path = os.path.dirname(path)
+        if self.local and os.path.isdir(path) and not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     @as_os_errors()
     def get(self, path: str) -> bytes:
