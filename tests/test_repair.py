@@ -196,12 +196,11 @@ def test_what_cannot_be_mended_is_told(made: tuple[str, Path, dict[str, bytes]],
     first, second = tars.split("::")
     shutil.copytree(store, tmp_path / "s")
     Store(str(tmp_path / "s")).remove("00001", "view/base/vit")
+    asked = ("repair", str(tmp_path / "s"), "--workers", "0", "--device", "cpu", "--shards")
     for given, told in ((edited(second, swap_images), "    00001: "), (first, "left:\n  00001/view/base/vit")):
-        code, out, err = here(
-            app, "repair", str(tmp_path / "s"), "--shards", given, "--workers", "0", "--device", "cpu"
-        )
+        code, out, err = here(app, *asked, given)
         assert code == 1 and told in out and "not all is mended" in out, (out, err)
-    code, out, _ = here(app, "repair", str(tmp_path / "s"), "--shards", tars, "--workers", "0", "--device", "cpu")
+    code, out, _ = here(app, *asked, tars)
     assert code == 0 and out.endswith("sound\n") and tiny.tree(tmp_path / "s") == tiny.tree(store)
 
 
@@ -217,12 +216,9 @@ def test_a_shard_is_made_again_of_a_tar_that_was_replaced(
     with pytest.raises(ConfigError, match=r"has no 00000\.tar"):
         redo(str(tmp_path / "s"), ["00000"], new, OPTIONS)
     cut = tmp_path / "00001.tar"
-    for wrong, told in (
-        (Path(second).read_bytes()[:3000], "nothing was removed: .*ends"),
-        (b"", "nothing was removed"),
-    ):
+    for wrong in (Path(second).read_bytes()[:3000], b""):
         cut.write_bytes(wrong)
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match="nothing was removed: .*00001.tar"):
             redo(str(tmp_path / "s"), ["00001"], str(cut), OPTIONS)
         assert tiny.tree(tmp_path / "s") == tiny.tree(store)
     before = Store(str(store)).read("00001", "digest")

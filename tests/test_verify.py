@@ -102,7 +102,11 @@ def test_the_wrong_tar_is_told_and_hides_nothing(made: tuple[str, str], tmp_path
     assert report.replay and report.replay["views"] == report.replay["pixel_equal"] == 15
     nothing = tiny.tar(tmp_path / "other/00009.tar", 5, seed=7)
     report = verify(store, nothing, 10, "cpu")
-    assert report.missing == ["00009: its whole group"] and not report.sound and report.replay is None
+    assert (
+        report.missing == ["00009: its whole group, which was lost or never written"]
+        and not report.sound
+        and report.replay is None
+    )
     assert report.unchecked == [
         "00000: its tar was not given", "00001: its tar was not given",
         "replay: none of the shards given is whole in the store",
