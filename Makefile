@@ -95,7 +95,7 @@ verify: setup ## STORE=.. SHARDS=..: check a store, and make 100 of its views ag
 submit: setup ## RAY_ADDRESS=http://head:8265 SHARDS=.. STORE=.. RECIPE=name: the same as a job on a Ray cluster
 	@test -n '$(RAY_ADDRESS)' || { echo 'name the cluster: make submit RAY_ADDRESS=http://HEAD:8265 SHARDS=.. STORE=.. RECIPE=..' >&2; exit 2; }
 	@$(call require,SHARDS STORE RECIPE)
-	@$(PY) -m pipelines.submit '$(RAY_ADDRESS)' python -m reinforce run '$(call everywhere,$(SHARDS))' --store '$(call everywhere,$(STORE))' \
+	@$(PY) -m pipelines.cluster.submit '$(RAY_ADDRESS)' python -m reinforce run '$(call everywhere,$(SHARDS))' --store '$(call everywhere,$(STORE))' \
 		--recipe '$(RECIPE)' --workers '$(SUBMIT_WORKERS)' $(ARGS)
 
 samples: dev ## rebuild the bundled samples: pictures, teachers, captioner (needs apt-get; about half an hour)

@@ -1,7 +1,7 @@
 """Write what teachers know about an image-text dataset into a store, once; students learn from it as often as you like.
 
-Exit codes: 0 done; 1 done, but some shards failed or a check found faults; 2 the request was wrong, nothing was done;
-130 and 143 stopped by Ctrl-C or SIGTERM (run it again).
+Exit codes: 0 done; 1 some shards failed, a check found faults, or a disk or the network was in the way; 2 the request
+was wrong, nothing was done; 130 and 143 stopped by Ctrl-C or SIGTERM (run it again).
 """
 
 import json
@@ -42,7 +42,8 @@ app.add_typer(commands.importing, name="import")
 app.add_typer(commands.exporting, name="export")
 
 ShardsArgument = Annotated[
-    str, typer.Argument(metavar="SHARDS", help="tars: braces, '*', several joined by '::', paths or fsspec URLs")
+    list[str],
+    typer.Argument(metavar="SHARDS", help="tars: braces, '*', several, also joined by '::'; paths or fsspec URLs"),
 ]
 RecipeOption = Annotated[
     str | None,
@@ -123,7 +124,7 @@ def run(
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after, "statistics": statistics}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes, "decode_bytes": decode_bytes}
-    _run(shards, store, recipe, set_, json_, texts, workers=workers, device=device, **options)
+    _run("::".join(shards), store, recipe, set_, json_, texts, workers=workers, device=device, **options)
 
 
 @app.command()
@@ -148,7 +149,7 @@ def extend(
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after, "statistics": statistics}
     options |= {"decode_threads": decode_threads, "view_processes": view_processes}
     options |= {"decode_bytes": decode_bytes, "extend": True}
-    _run(shards, store, recipe, set_, json_, [], workers=workers, device=device, **options)
+    _run("::".join(shards), store, recipe, set_, json_, [], workers=workers, device=device, **options)
 
 
 @app.command()
@@ -166,12 +167,14 @@ def plan(
 ) -> None:
     """Say what a run would cost, and write nothing: samples, bytes, hours of each model, memory. A few samples are
     reinforced to know."""
+    from reinforce.check.plan import in_words
     from reinforce.check.plan import plan as reckon
 
     with errors_as_sentences():
         loaded = _recipe(recipe, store, set_)
         asked = {"workers": workers, "device": device, "extend": True, "max_invalid": 1}
-        show(asdict(reckon(shards, store, loaded, parse(RunOptions, asked, "the request"), card)), json_)
+        found = reckon("::".join(shards), store, loaded, parse(RunOptions, asked, "the request"), card)
+        show(asdict(found) if json_ else in_words(found), json_)
 
 
 def _run(
@@ -183,11 +186,14 @@ def _run(
     texts: Sequence[str],
     **options: Any,
 ) -> None:
+    from reinforce.check.info import stored_recipe
     from reinforce.exchange.captions import run_with_captions
     from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
         loaded = _recipe(recipe, store, set_)
+        if options.get("extend") and stored_recipe(store) is None:
+            raise ConfigError(f"there is no store at {store} to extend; `{typed('clip-reinforce')} run` makes one")
         asked = parse(RunOptions, options, "the request")
         files = commands.files_of("--texts", texts)
         captions: list[CaptionReport] = []
@@ -257,6 +263,8 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
             + "".join(f", {num} {reason}" for reason, num in report.quarantined.items())
             + "."
         )
+    for reason, num in report.quarantined.items():
+        say(f"Bad:    {num} {reason}, as {report.first[reason]}")
     for kind, num in report.noted.items():
         say(f"Noted:  {num} {kind}, as {report.first[kind]}")
     for final, remedy in ((True, "They stay so until this is mended:"), (False, "Run again to retry:")):
@@ -272,6 +280,11 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
         f"Recipe: {recipe.name}{weights}",
         f"        teachers {_models(recipe.teachers)}",
         f"        captioners {_models(recipe.captioners)}",
+    )
+    if not (report.done or report.already_there):
+        say("Store:  nothing was written")
+        return
+    say(
         f"Store:  {report.store}",
         f"Next:   {typed('clip-reinforce')} info {report.store}",
         f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100",

@@ -1,6 +1,7 @@
 """What a user types and sees: exit codes, sentences on stderr, exactly one JSON object on stdout."""
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def test_failed_shards_are_exit_1_and_in_the_table(made: tuple[str, str, str], t
     assert code == 1 and "cut.tar" in out
     code, out, _ = reinforce(*arguments, "--json")
     assert code == 1 and json.loads(out)["failed"][0]["shard"] == "cut"
+
+
+def test_tars_that_a_shell_has_expanded(made: tuple[str, str, str], tmp_path: Path) -> None:
+    """Several words are several tars. What is bad is told with its first sample, and a store that is not there cannot
+    be extended."""
+    _, _, recipe = made
+    tars = [tiny.tar(tmp_path / f"{i}.tar", 4, i, seed=i) for i in range(2)]
+    arguments = [*tars, "--store", str(tmp_path / "s"), "--recipe", recipe, "--workers", "0", "--max-invalid", "0.5"]
+    code, out, err = reinforce("extend", *arguments)
+    assert code == 2 and f"there is no store at {tmp_path / 's'} to extend" in err
+    code, out, _ = reinforce("run", *arguments)
+    assert code == 0 and "2 of 2 shards reinforced" in out and re.search(r"\nBad:    1 \w+, as \w+", out)
 
 
 def test_recipes_are_listed_and_printed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
-from pipelines import submit
+from pipelines.cluster import submit
 from reinforce.config import Recipe, RunOptions
 from reinforce.errors import ConfigError
 from reinforce.run import driver

@@ -44,7 +44,7 @@ READER = SAMPLES | {f"reinforce.{room}" for room in SEEN}
 # Modules that may load another by a name that is worked out: what they load is not ours.
 LOADERS = {"train.students.scan"}
 HEAVY = {
-    "ray": {"reinforce.run.cluster", "pipelines.submit"},
+    "ray": {"reinforce.run.cluster", "pipelines.cluster.submit"},
     "zarr": {"reinforce.store.store", "reinforce.store.arrays", "reinforce.store.bfloat16"},
     "open_clip": {"reinforce.models.open_clip"},
     "numba": {"reinforce.data.bicubic"},

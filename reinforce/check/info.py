@@ -34,7 +34,7 @@ def stored_recipe(url: str) -> Recipe | None:
 
 def info(url: str) -> dict[str, Any]:
     """Counts, sets, bytes, missing columns, and those whose damage was in the way (`verify` looks for all). Embeddings
-    are counted raw (2 bytes per number) and as stored."""
+    are counted raw (2 bytes per number) and as stored; `total` is of all objects."""
     store = Store(url)
     if store.manifest() is None and (notes := refused(url)):
         told = [f"  {shard}: {note['why']}" for shard, note in notes.items()]
@@ -42,7 +42,7 @@ def info(url: str) -> dict[str, Any]:
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
     quarantined: Counter[str] = Counter()
-    samples = valid = total = raw = stored = 0
+    samples = valid = raw = stored = 0
     missing, damaged = [], []
     for group, wanted in groups(store, manifest):
         absent = store.missing(group, wanted)
@@ -58,12 +58,10 @@ def info(url: str) -> dict[str, Any]:
             valid += int((statuses == Status.GOOD).sum())
             quarantined.update(Status(int(status)).reason for status in statuses if status != Status.GOOD)
         for column in present:
-            size = store.stored_bytes(group, column)
-            total += size
             if column.teacher:
                 try:
                     raw += 2 * int(np.prod(store.open_array(group, column).shape))
-                    stored += size
+                    stored += store.stored_bytes(group, column)
                 except StoreError as error:
                     damaged.append(str(error))
     return {
@@ -85,7 +83,7 @@ def info(url: str) -> dict[str, Any]:
         },
         "embeddings": recipe.embeddings,
         **({"embedding_loss": manifest.embedding_loss} if manifest.embedding_loss else {}),
-        "bytes": {"total": total, "embeddings_raw": raw, "embeddings_stored": stored},
+        "bytes": {"total": store.objects.total_bytes(""), "embeddings_raw": raw, "embeddings_stored": stored},
         "refused_shards": notes_of.refused(store.objects),
         "missing_columns": missing,
         "damaged_columns": damaged,

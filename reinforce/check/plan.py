@@ -12,6 +12,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -117,6 +118,39 @@ def plan(patterns: str, url: str, recipe: Recipe, options: RunOptions, card: str
         memory / _GIB,
         where,
     )
+
+
+def in_words(found: Plan) -> dict[str, Any]:
+    """The same, to be read: sizes and times in the units that fit."""
+    stages = {
+        name: f"{of['share']:.0%}, {_duration(of['hours'])} ({of['tflop']:.2g} TFLOP for a sample)"
+        for name, of in found.stages.items()
+    }
+    return {
+        "store": found.store,
+        "shards": f"{found.shards}, of which {found.shards_todo} are to be done",
+        "samples to do": found.samples_todo,
+        "store's size": f"{_size(found.bytes)}, of which {_size(found.bytes_now)} are there",
+        "time of one worker": f"{_duration(found.hours)}; {_duration(found.load_seconds / 3600)} to load its models",
+        "of which": stages,
+        f"time of {found.workers} at once": _duration(found.hours_of_all),
+        "memory of each": f"{found.memory_gib:.2f} GiB, and what pictures and activations take",
+        "measured on": found.measured_on,
+    }
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.2g} s"
+    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.3g} hours"
 
 
 def _num_samples(todo: list[Shard]) -> tuple[int, int]:

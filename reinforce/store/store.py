@@ -131,7 +131,8 @@ class Store:
                 arrays.pcodec()
             return unpacked(np.asarray(array[...] if index is None else array[index]), packing)
         except Corrupt as error:
-            raise Corrupt(f"{self.url}: {shard}/{column}: {error}") from None
+            told = str(error).removeprefix(f"{shard}/{column}/")
+            raise Corrupt(f"{self.url}: {shard}/{column}: {told}") from None
         except _FAULTS as error:
             raise Corrupt(f"{self.url}: {shard}/{column} cannot be decoded: {error}; verify the store") from error
 

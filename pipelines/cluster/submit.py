@@ -23,7 +23,7 @@ from reinforce.progress import tell
 from reinforce.terminal import errors_as_sentences
 
 ANSWER_S = 60.0  # for a cluster that is being started: its nodes take jobs some seconds after its head answers
-RUNTIME_ENV = Path(__file__).parent / "cluster" / "runtime_env.yaml"
+RUNTIME_ENV = Path(__file__).with_name("runtime_env.yaml")
 
 
 def main() -> None:
