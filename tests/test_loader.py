@@ -200,7 +200,7 @@ def test_wrong_requests_get_a_sentence(reinforced: Reinforced, changes: dict[str
 def test_no_store_and_shards_that_are_not_in_it(reinforced: Reinforced, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no store at"):
         source_of(config(reinforced, store=str(tmp_path / "s")))
-    with pytest.raises(NotCommitted, match="reinforce that shard first"):
+    with pytest.raises(NotCommitted, match="run `clip-reinforce run` over that shard again"):
         source_of(config(reinforced, shards=tiny.tar(tmp_path / "00009.tar", 3)))
 
 
