@@ -207,8 +207,8 @@ class Store:
             written = self.objects.get(f"{path}/{METADATA}")
         except FileNotFoundError:
             raise NotCommitted(
-                f"{self.url} has no column {column} for shard {shard}; run `clip-reinforce run` over that shard again, or "
-                "`extend` for what was added later; or learn without it (settings teachers, view_set, text_sets)"
+                f"{self.url} has no column {column} for shard {shard}; run `clip-reinforce run` over that shard again, "
+                "`extend` for what was added later, or learn without it (settings teachers, view_set, text_sets)"
             ) from None
         try:
             metadata = json.loads(written)
