@@ -13,6 +13,7 @@ from reinforce.data.status import Status
 from reinforce.errors import ConfigError
 from reinforce.exchange.packed import pack
 from tests import tiny
+from tests.processes import here
 
 PICTURE = tiny.picture(0)
 
@@ -156,3 +157,28 @@ def test_nothing_is_written_over_and_a_wrong_request_is_a_sentence(photos: Path,
             pack(source, tmp_path / out)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "t.csv", "empty", "half.parquet", "photos"}
     assert tiny.tree(tmp_path / "out") == {"mine": b"x"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pack photos --out s3://bucket/x",
+        "pack s3://bucket/x --out out",
+        "import clip-retrieval s3://bucket/x --images x.tar --store s --clip-model ViT-B/32",
+        "import captions s3://bucket/x --store s --name mine",
+        "export datacompdr s --shards x.tar --out s3://bucket/x",
+        "export columns s size --out s3://bucket/x",
+        "export keys s --shards x.tar --out s3://bucket/x",
+    ],
+)
+def test_an_address_where_a_local_path_is_needed_is_a_sentence(
+    command: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no folder called `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = here(app, *command.split())
+    assert (code, err) == (
+        2,
+        "error: s3://bucket/x: a local path is needed here; give one, and copy it to or from that address\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]

@@ -117,7 +117,9 @@ def export_datacompdr(
 
 @importing.command("captions")
 def import_captions(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .jsonl.gz or .parquet: key, and captions")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", callback=home, help=".jsonl, .jsonl.gz or .parquet: key, and captions")
+    ],
     store: StoreOption,
     name: Annotated[str, typer.Option(help="what the text set is called")],
     num_captions: Annotated[
@@ -144,13 +146,14 @@ def export_keys(
     with errors_as_sentences():
         from reinforce.exchange.captions import export_keys as run
 
+        out = out and home(out)
         # On a terminal no caption may steer it.
         lines = (json.dumps(told, ensure_ascii=out is None) for told in run(store, shards))
         if out is None:
             for line in lines:
                 print(line)
         else:
-            with home(out).open("w", encoding="utf-8") as file:
+            with out.open("w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
 
 
