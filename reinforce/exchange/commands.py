@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from reinforce.config import check_name
 from reinforce.errors import ConfigError
 from reinforce.recipes import load_recipe
 from reinforce.terminal import JsonOption, SetOption, StoreOption, errors_as_sentences, home, show, typed
@@ -88,6 +89,7 @@ def import_clip_retrieval(
 ) -> None:
     """Make a store of what clip-retrieval embedded, and of those tars: one view of each image, its middle."""
     with errors_as_sentences():
+        check_name("--teacher", teacher)
         from reinforce.exchange.clip_retrieval import import_clip_retrieval as run
 
         report = run(folder, images, store, clip_model, teacher, logit_scale, max_invalid)
@@ -130,6 +132,7 @@ def import_captions(
 ) -> None:
     """Add captions that were written elsewhere. `clip-reinforce extend` then has the teachers embed them."""
     with errors_as_sentences():
+        check_name("--name", name)
         from reinforce.exchange.captions import import_captions as run
 
         following = f"{typed('clip-reinforce')} extend SHARDS --store {store}"
@@ -181,6 +184,7 @@ def files_of(option: str, given: Sequence[str]) -> dict[str, Path]:
         name, equals, file = item.partition("=")
         if not (name and equals and file):
             raise ConfigError(f"{option} {item}: write NAME=FILE, such as vlm=captions.jsonl")
+        check_name(option, name)
         if name in files:
             raise ConfigError(f"{option}: '{name}' is given twice; take another name for one of the files")
         files[name] = home(Path(file))
