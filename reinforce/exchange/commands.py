@@ -54,7 +54,9 @@ def import_datacompdr(
     set_: SetOption = [],
     width: Annotated[
         list[str],
-        typer.Option(metavar="TEACHER=NUMBER", help="of its part of an embedding, in the recipe's order; else equal"),
+        typer.Option(
+            metavar="TEACHER=NUMBER", help="of its part of an embedding, in the recipe's order; else its model's"
+        ),
     ] = [],
     max_invalid: Annotated[
         float, typer.Option(help="a shard with a larger share of samples without image or record is refused")
@@ -65,8 +67,11 @@ def import_datacompdr(
     with errors_as_sentences():
         from reinforce.exchange.imported import import_datacompdr as run
 
-        report = run(records, images or records, store, load_recipe(recipe, set_), _widths(width), max_invalid)
-        show(asdict(report), json_)
+        made_by = load_recipe(recipe, set_)
+        report = run(records, images or records, store, made_by, _widths(width), max_invalid)
+        # The records do not say whose they are.
+        assumed = {name: f"{of.model},{of.pretrained or ''}".strip(",") for name, of in made_by.teachers.items()}
+        show(asdict(report) | {"assumed_teachers": assumed}, json_)
         raise typer.Exit(1 if report.failed else 0)
 
 
