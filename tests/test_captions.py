@@ -140,6 +140,15 @@ def test_keys_say_where_images_lie(reinforced: Reinforced) -> None:
     assert len(cli("export", "keys", reinforced.store, "--shards", reinforced.shards).splitlines()) == 32
 
 
+def test_a_wrong_request_for_keys_leaves_the_file_as_it_is(reinforced: Reinforced, tmp_path: Path) -> None:
+    (tmp_path / "keys.jsonl").write_text("mine")
+    strange = tiny.tar(tmp_path / "strange.tar", 1)
+    asked = ["export", "keys", reinforced.store, "--shards", f"{reinforced.shards}::{strange}"]
+    code, _, err = here(app, *asked, "--out", str(tmp_path / "keys.jsonl"))
+    assert code == 2 and "has no shard strange" in err
+    assert tiny.tree(tmp_path) == {"keys.jsonl": b"mine", "strange.tar": Path(strange).read_bytes()}
+
+
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
 def test_any_form_and_order(reinforced: Reinforced, store: str, tmp_path: Path, form: str) -> None:
     rows = [

@@ -1,6 +1,7 @@
 """The commands `pack`, `import` and `export`."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -160,9 +161,14 @@ def export_keys(
         if out is None:
             for line in lines:
                 print(line)
-        else:
-            with out.open("w", encoding="utf-8") as file:
+            return
+        partial = out.with_name(f"{out.name}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
+            os.replace(partial, out)  # whole or not at all
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @exporting.command("columns")

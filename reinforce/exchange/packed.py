@@ -18,6 +18,7 @@ from reinforce.data.grouping import is_hidden
 from reinforce.data.notes import Notes
 from reinforce.data.remote import as_os_errors
 from reinforce.errors import ConfigError, MissingExtra
+from reinforce.exchange.place import check_empty
 from reinforce.progress import Progress
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -63,8 +64,7 @@ def pack(
     The names of all pictures (and the captions of a table) are held in memory, and one picture at a time. Nothing is
     seen of `out` before all of it is written. Raises ConfigError where there is nothing to pack, or something in `out`.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"{out} is there already, and nothing is written over; give another folder, or remove it")
+    check_empty(out)
     notes = Notes()
     if source.is_dir():
         pictures = _of_folder(source, notes)
