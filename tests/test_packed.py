@@ -106,16 +106,25 @@ def test_a_table_of_paths_and_captions(name: str, tmp_path: Path) -> None:
     assert found["photos/1"].status == Status.MISSING_CAPTION
 
 
-def test_rows_with_more_or_fewer_fields_are_told(tmp_path: Path) -> None:
+def test_rows_with_more_or_fewer_fields_or_without_a_path_are_told(tmp_path: Path) -> None:
     """A caption with a comma is whole in quotes, also over lines; without them its row is left out, not cut."""
     for i in range(4):
         (tmp_path / f"{i}.jpg").write_bytes(tiny.picture(i))
-    (tmp_path / "t.csv").write_text(
-        'path,caption\n0.jpg,"hello, ""you""\nthere"\n\n1.jpg,hello,there\n2.jpg\n3.jpg,x\n'
-    )
+    rows = [
+        "path,caption",
+        '0.jpg,"hello, ""you""\nthere"',
+        "",
+        "1.jpg,hello,there",
+        "2.jpg",
+        "3.jpg,x",
+        ",lost",
+        ",too",
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
     ran = CliRunner().invoke(app, ["pack", f"{tmp_path}/t.csv", "-o", f"{tmp_path}/out", "--json"])
     told = json.loads(ran.stdout)
-    assert ran.exit_code == 1 and told["noted"] == {"wrong_fields": 2}
+    assert ran.exit_code == 1 and told["noted"] == {"no_path": 2, "wrong_fields": 2}
+    assert told["first"]["no_path"].startswith(f"{tmp_path}/t.csv, the row of caption 'lost': names no picture")
     assert told["first"]["wrong_fields"].startswith(f"{tmp_path}/t.csv, line 5: has more or fewer fields")
     found = {key: sample.captions for key, sample in samples(tmp_path / "out").items()}
     assert found == {"0": ('hello, "you" there',), "3": ("x",)}

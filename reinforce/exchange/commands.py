@@ -41,7 +41,7 @@ def pack(
         report = make(source, out, samples_per_shard, image_column, caption_column)
         following = f"{typed('clip-reinforce')} run '{out}/*.tar' --store STORE --recipe RECIPE"
         show(asdict(report), json_, following)
-    raise typer.Exit(1 if report.noted.keys() & {"missing_file", "wrong_fields"} else 0)
+    raise typer.Exit(1 if report.noted.keys() & {"missing_file", "no_path", "wrong_fields"} else 0)
 
 
 @importing.command("datacompdr")

@@ -203,9 +203,11 @@ def _of_table(path: Path, image_column: str | None, caption_column: str | None, 
         for row in rows:
             told = row.get(texts)
             of_row = told if isinstance(told, list) else [told]
-            found.setdefault(str(row.get(images) or ""), []).extend(
-                text for text in of_row if isinstance(text, str) and text.strip()
-            )
+            name = str(row.get(images) or "")
+            if not name.strip():
+                notes.add("no_path", f"{path}, the row of caption '{told or ''}'")
+                continue
+            found.setdefault(name, []).extend(text for text in of_row if isinstance(text, str) and text.strip())
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
