@@ -37,6 +37,14 @@ def _column_name(name: str) -> str:
     return name
 
 
+def check_name(option: str, name: str) -> None:
+    """Raises ConfigError where what an option gives cannot name a column."""
+    try:
+        _column_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{option} {name}: {error}") from None
+
+
 Name = Annotated[str, AfterValidator(_column_name)]
 Precision = Literal["auto", "fp32", "bf16"]
 

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ REMEDIES = {
     errno.EEXIST: "it is a file; name a folder",
     errno.ENOTDIR: "a part of that path is a file; name another",
 }
+_ADDRESS = re.compile(r"[\w+.:-]+:/")
 
 
 def _of_the_machine(error: OSError) -> str:
@@ -40,7 +42,12 @@ def _of_the_machine(error: OSError) -> str:
 
 
 def home(path: Path) -> Path:
-    """A path in which `~` stands for the home folder: a shell leaves it where it follows `=`, fsspec does not."""
+    """A local path in which `~` stands for the home folder: a shell leaves it where it follows `=`, fsspec does not. An
+    address ends the command with a sentence: as a path, it would be a folder `s3:` here."""
+    if _ADDRESS.match(str(path)):
+        with errors_as_sentences():
+            address = str(path).replace(":/", "://", 1)  # a path has lost a slash
+            raise ConfigError(f"{address}: a local path is needed here; give one, and copy it to or from that address")
     return path.expanduser()
 
 

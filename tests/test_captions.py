@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from reinforce.__main__ import app
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
-from reinforce.errors import ConfigError, ManifestMismatch
+from reinforce.errors import ConfigError
 from reinforce.exchange.captions import export_keys, import_captions, run_with_captions
 from reinforce.models.teacher import Teacher
 from reinforce.run import driver
@@ -140,6 +140,15 @@ def test_keys_say_where_images_lie(reinforced: Reinforced) -> None:
     assert len(cli("export", "keys", reinforced.store, "--shards", reinforced.shards).splitlines()) == 32
 
 
+def test_a_wrong_request_for_keys_leaves_the_file_as_it_is(reinforced: Reinforced, tmp_path: Path) -> None:
+    (tmp_path / "keys.jsonl").write_text("mine")
+    strange = tiny.tar(tmp_path / "strange.tar", 1)
+    asked = ["export", "keys", reinforced.store, "--shards", f"{reinforced.shards}::{strange}"]
+    code, _, err = here(app, *asked, "--out", str(tmp_path / "keys.jsonl"))
+    assert code == 2 and "has no shard strange" in err
+    assert tiny.tree(tmp_path) == {"keys.jsonl": b"mine", "strange.tar": Path(strange).read_bytes()}
+
+
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
 def test_any_form_and_order(reinforced: Reinforced, store: str, tmp_path: Path, form: str) -> None:
     rows = [
@@ -165,7 +174,9 @@ def test_any_form_and_order(reinforced: Reinforced, store: str, tmp_path: Path, 
     again = import_captions(path, store, "vlm", source="us")
     assert again == report
     write(path, rows)
-    with pytest.raises(ManifestMismatch):
+    with pytest.raises(
+        ConfigError, match="has captions 'vlm' already, imported from another file; give another --name"
+    ):
         import_captions(path, store, "vlm", source="us")
 
 
@@ -182,6 +193,8 @@ def test_rows_of_one_key_add_up_and_a_number_can_be_asked_for(store: str, tmp_pa
     rows = [{"key": keys[0], "text": text} for text in ("one", " two\nwords ", "one", "")]
     write(tmp_path / "a.jsonl", rows)
     import_captions(tmp_path / "a.jsonl", store, "vlm", num=3)
+    with pytest.raises(ConfigError, match="'vlm' of this file already, imported with --num-captions 3 --source ''"):
+        import_captions(tmp_path / "a.jsonl", store, "vlm", source="us")
     assert Store(store).read("00000", VLM)[:, 0].tolist() == ["one", "two words", "one"]
 
 
@@ -262,7 +275,7 @@ def test_a_wrong_file_for_a_run_is_told_before_any_work(
     import_captions(written, store, "vlm")
     before = tiny.tree(store)
     write(tmp_path / "other.jsonl", [{"key": "x", "text": "one"}])
-    with pytest.raises(ManifestMismatch, match="texts.vlm.sha256"):
+    with pytest.raises(ConfigError, match="has captions 'vlm' already, imported from another file"):
         run("vlm", tmp_path / "other.jsonl", store)
     assert tiny.tree(store) == before
     code, _, err = here(app, "run", "x.tar", "--store", new, "--recipe", "sample", "--texts", "vlm")
@@ -309,3 +322,30 @@ def test_what_is_wrong_with_the_request_is_told(reinforced: Reinforced, store: s
         import_captions(tmp_path / "b.jsonl", store, "vlm")
     with pytest.raises(ConfigError, match="'coca' names a captioner and an imported text set"):
         Store(store).promised().parsed_recipe().but(texts={"coca": {"num_captions": 1, "sha256": "x"}})
+
+
+@pytest.mark.parametrize("shard", ["", "00000.tar"])
+def test_a_file_that_knows_no_image_takes_no_name(store: str, tmp_path: Path, shard: str) -> None:
+    """Neither by a key that is not there, nor by one that is said to be of a shard that is not."""
+    key = Store(store).read("00000", "key")[0] if shard else "nobody"
+    write(tmp_path / "a.jsonl", [{"key": key, "shard": shard, "text": "one"}])
+    before = tiny.tree(store)
+    code, out, err = here(app, "import", "captions", str(tmp_path / "a.jsonl"), "--store", store, "--name", "vlm")
+    assert (code, out) == (2, "") and "has captions of no image in" in err
+    assert f"a key there is '{key}'" + (f" in shard '{shard}'" if shard else "") + ", and one in the store '" in err
+    assert tiny.tree(store) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("import captions a.jsonl --store s --name a/b", "--name"),
+        ("run x.tar --store s --recipe sample --texts a/b=a.jsonl", "--texts"),
+        ("import clip-retrieval x --images x.tar --store s --clip-model ViT-B/32 --teacher a/b", "--teacher"),
+    ],
+)
+def test_a_name_that_cannot_be_one_is_told_as_it_was_typed(command: str, option: str) -> None:
+    code, _, err = here(app, *command.split())
+    assert code == 2 and err.startswith(
+        f"error: {option} a/b: 'a/b' cannot name a column: use letters, digits, '-' and"
+    )

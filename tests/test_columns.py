@@ -12,6 +12,7 @@ from pyarrow import parquet
 from reinforce.__main__ import app
 from reinforce.exchange.columns import export_columns
 from reinforce.store.store import Store
+from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import here
 
@@ -49,10 +50,13 @@ def test_tables(reinforced: Reinforced, tmp_path: Path) -> None:
 
 
 def test_all_columns_and_a_second_time(reinforced: Reinforced, tmp_path: Path) -> None:
-    for _ in range(2):
-        asked = ["export", "columns", reinforced.store, "*", "--out", str(tmp_path / "out"), "--json"]
-        code, out, _ = here(app, *asked)
-        assert code == 0 and json.loads(out)["rows"] == 32
+    asked = ["export", "columns", reinforced.store, "*", "--out", str(tmp_path / "out"), "--json"]
+    code, out, _ = here(app, *asked)
+    assert code == 0 and json.loads(out)["rows"] == 32
+    before = tiny.tree(tmp_path / "out")
+    code, out, err = here(app, *asked)
+    assert (code, out) == (2, "") and "out is there already, and nothing is written over" in err
+    assert tiny.tree(tmp_path / "out") == before
     names = {path.stem for path in (tmp_path / "out/00000").iterdir()}
     assert names == {str(column).replace("/", ".") for column in Store(reinforced.store).promised().columns()}
 
@@ -65,6 +69,8 @@ def test_faults_are_sentences(reinforced: Reinforced, tmp_path: Path) -> None:
     assert code == 2 and "has no column 'view/base/nobody'; it has: key, digest" in err
     (tmp_path / "file").write_text("")
     code, _, err = asked(reinforced.store, "size", "--out", str(tmp_path / "file"))
+    assert code == 2 and "is there already" in err
+    code, _, err = asked(reinforced.store, "size", "--out", str(tmp_path / "file/out"))
     assert code == 2 and "cannot be written" in err
     assert asked(str(tmp_path / "nothing"), "size", "--out", str(tmp_path / "out"))[0] == 2
 

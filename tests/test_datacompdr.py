@@ -181,7 +181,8 @@ def test_a_pickle_that_is_more_than_tensors_is_not_loaded(tmp_path: Path) -> Non
 
 
 def imported(records: str, images: str, store: Path, **more: Any) -> Any:
-    return import_datacompdr(records, images, str(store), load_recipe("datacompdr_12m"), {}, **more)
+    widths = {"openai": 4, "datacomp_xl": 4}
+    return import_datacompdr(records, images, str(store), load_recipe("datacompdr_12m"), widths, **more)
 
 
 def test_a_tar_becomes_a_store(tmp_path: Path) -> None:
@@ -242,6 +243,8 @@ def test_a_wrong_request_is_told(tmp_path: Path) -> None:
         import_datacompdr(b, b, str(tmp_path / "s"), recipe, {})
     with pytest.raises(ConfigError, match="8 numbers wide, and the teachers' parts are openai=3, datacomp_xl=4"):
         import_datacompdr(a, a, str(tmp_path / "s"), recipe, {"openai": 3, "datacomp_xl": 4})
+    with pytest.raises(ConfigError, match="8 numbers wide, .* openai=768, datacomp_xl=768; name the recipe .*--recipe"):
+        import_datacompdr(a, a, str(tmp_path / "s"), recipe, {})
     assert not (tmp_path / "s").exists()
 
 
@@ -258,9 +261,12 @@ def test_a_store_goes_out_and_comes_back_and_teaches_the_same(
     names = first.shards()
     assert json.loads(told.stdout)["written"] == len(names)
     (tmp_path / "recipe.json").write_text(first.promised().parsed_recipe().model_dump_json())
-    asked = ["import", "datacompdr", f"{out}/*.tar", "--store", str(back), "--recipe", str(tmp_path / "recipe.json")]
-    told = CliRunner().invoke(app, [*asked, "--width", "vit=16", "--width", "conv=24", "--json"])
+    asked = ["import", "datacompdr", f"{out}/*.tar", "--store", str(back), "--json"]
+    told = CliRunner().invoke(app, asked)
+    assert told.exit_code == 2 and "name the recipe with the teachers that made them, --recipe" in told.stderr
+    told = CliRunner().invoke(app, [*asked, "--recipe", str(tmp_path / "recipe.json")])
     assert told.exit_code == 0, told.output
+    assert list(json.loads(told.stdout)["assumed_teachers"]) == ["vit", "conv"]
     second = Store(str(back))
     for name in names:
         good = first.read(name, "status") == 0

@@ -20,7 +20,9 @@ SEES = {
     "reinforce.__init__": {"reinforce.run", "reinforce.store", "reinforce.recipes"} | GROUND,
     "reinforce.__main__": {f"reinforce.{room}" for room in ("run", "check", "exchange", "recipes", "terminal")}
     | GROUND,
-    "reinforce.exchange": {f"reinforce.{room}" for room in ("run", "store", "recipes", "terminal", "progress")}
+    "reinforce.exchange": {
+        f"reinforce.{room}" for room in ("run", "models", "store", "recipes", "terminal", "progress")
+    }
     | SAMPLES,
     "reinforce.run": {f"reinforce.{room}" for room in ("models", "store", "progress", "process", "signals")} | SAMPLES,
     "reinforce.page": {"reinforce.errors", "reinforce.lines"},

@@ -13,6 +13,7 @@ from reinforce.data.status import Status
 from reinforce.errors import ConfigError
 from reinforce.exchange.packed import pack
 from tests import tiny
+from tests.processes import here
 
 PICTURE = tiny.picture(0)
 
@@ -105,6 +106,48 @@ def test_a_table_of_paths_and_captions(name: str, tmp_path: Path) -> None:
     assert found["photos/1"].status == Status.MISSING_CAPTION
 
 
+def test_rows_with_more_or_fewer_fields_or_without_a_path_are_told(tmp_path: Path) -> None:
+    """A caption with a comma is whole in quotes, also over lines; without them its row is left out, not cut."""
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(tiny.picture(i))
+    rows = [
+        "path,caption",
+        '0.jpg,"hello, ""you""\nthere"',
+        "",
+        "1.jpg,hello,there",
+        "2.jpg",
+        "3.jpg,x",
+        ",lost",
+        ",too",
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    ran = CliRunner().invoke(app, ["pack", f"{tmp_path}/t.csv", "-o", f"{tmp_path}/out", "--json"])
+    told = json.loads(ran.stdout)
+    assert ran.exit_code == 1 and told["noted"] == {"no_path": 2, "wrong_fields": 2}
+    assert told["first"]["no_path"].startswith(f"{tmp_path}/t.csv, the row of caption 'lost': names no picture")
+    assert told["first"]["wrong_fields"].startswith(f"{tmp_path}/t.csv, line 5: has more or fewer fields")
+    found = {key: sample.captions for key, sample in samples(tmp_path / "out").items()}
+    assert found == {"0": ('hello, "you" there',), "3": ("x",)}
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ('path,caption\n0.jpg,"a, b\nc"\n1.jpg,"open\n2.jpg,two\n', "t.csv, line 4: the row that begins there"),
+        ('path,caption\n1.jpg,"open\n2.jpg,"a, b"\n', "t.csv, line 2: .*close each quote"),
+        ("path,caption,caption\n0.jpg,a,b\n", "has 2 columns called 'caption'; rename"),
+        ("path,path,caption\n0.jpg,a,b\n", "has 2 columns called 'path'; rename"),
+        ("path;caption\n0.jpg;a\n", "t.csv seems to be separated by ';'; save it with commas"),
+        ("", "t.csv is empty; its first line has to name the columns"),
+    ],
+)
+def test_a_table_that_cannot_be_read_as_it_is_meant_is_a_sentence(table: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(ConfigError, match=told):
+        pack(tmp_path / "t.csv", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
 def test_nothing_is_written_over_and_a_wrong_request_is_a_sentence(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("x")
@@ -123,3 +166,28 @@ def test_nothing_is_written_over_and_a_wrong_request_is_a_sentence(photos: Path,
             pack(source, tmp_path / out)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "t.csv", "empty", "half.parquet", "photos"}
     assert tiny.tree(tmp_path / "out") == {"mine": b"x"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pack photos --out s3://bucket/x",
+        "pack s3://bucket/x --out out",
+        "import clip-retrieval s3://bucket/x --images x.tar --store s --clip-model ViT-B/32",
+        "import captions s3://bucket/x --store s --name mine",
+        "export datacompdr s --shards x.tar --out s3://bucket/x",
+        "export columns s size --out s3://bucket/x",
+        "export keys s --shards x.tar --out s3://bucket/x",
+    ],
+)
+def test_an_address_where_a_local_path_is_needed_is_a_sentence(
+    command: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no folder called `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = here(app, *command.split())
+    assert (code, err) == (
+        2,
+        "error: s3://bucket/x: a local path is needed here; give one, and copy it to or from that address\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]

@@ -17,6 +17,9 @@ REMEDIES = {
     "several_lines": "has several lines, which are one caption; --set caption_lines=true makes each of them one",
     "other_format": "is a picture in a format that is not read; convert it to JPEG, PNG or WebP",
     "missing_file": "cannot be read; check its path",
+    "wrong_fields": "has more or fewer fields than the table's first line, and is left out; put a caption that has the "
+    "separator in it into quotes",
+    "no_path": "names no picture, and is left out; write the path of one into it",
     "no_picture": "has no picture of its name beside it",
     "no_caption": "has no caption; --set num_original_captions=0 reinforces pictures that have none",
     "fewer_captions": "has fewer captions than are asked for, which are repeated; ask for fewer",

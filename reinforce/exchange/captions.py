@@ -60,6 +60,14 @@ class CaptionFile:
         """What a recipe says of them."""
         return parse(Texts, {"num_captions": num or self.most, "source": source, "sha256": self.sha256}, str(self.path))
 
+    def of(self, key: str, shard: str) -> tuple[str, list[str]] | None:
+        """The captions of a sample, after the shard that their row names, if any."""
+        told = self.found.execute(
+            "SELECT shard, texts FROM captions WHERE key = ? AND shard IN (?, '') ORDER BY shard DESC LIMIT 1",
+            (key, shard),
+        ).fetchone()
+        return (told[0], json.loads(told[1])) if told else None
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[CaptionFile]:
@@ -72,8 +80,8 @@ def import_captions(path: Path, store_url: str, name: str, num: int | None = Non
     """Write the captions of a file as the text set `name`, `num` for each image: by default as many as the image with
     most of them has. Where there are fewer they are repeated. `source` says who wrote them.
 
-    Raises ConfigError where the file cannot be read as such, the name is taken or the store's teachers are not at hand,
-    ManifestMismatch where another file was imported under this name.
+    Raises ConfigError where the file cannot be read as such or knows no sample of the store, the name is taken or the
+    store's teachers are not at hand.
     """
     store = Store(store_url)
     manifest = store.promised()
@@ -86,6 +94,7 @@ def import_captions(path: Path, store_url: str, name: str, num: int | None = Non
             "embed these captions; `run` makes a store whose teachers can"
         )
     with opened(path) as file:
+        _check_name(recipe, name, file.texts(num, source), store_url)
         return _write(file, store, name, file.texts(num, source))
 
 
@@ -105,6 +114,8 @@ def run_with_captions(
             name: there if (there := promised.get(name)) and there.sha256 == file.sha256 else file.texts()
             for name, file in captions.items()
         }
+        for name, of_file in texts.items():
+            _check_name(recipe.but(texts=promised), name, of_file, store_url)
         whole = recipe.but(texts={**promised, **texts})
         if manifest:
             manifest.check_recipe(whole, store_url, extend=True)
@@ -118,19 +129,53 @@ def run_with_captions(
     return replace(report, failed=last.failed, seconds=seconds, embedding_loss=lost), told
 
 
+def _check_name(recipe: Recipe, name: str, texts: Texts, where: str) -> None:
+    """Raises ConfigError where other captions were imported under this name."""
+    there = recipe.texts.get(name, texts)
+    if there.sha256 != texts.sha256:
+        raise ConfigError(f"{where} has captions '{name}' already, imported from another file; give another --name")
+    if there != texts:
+        raise ConfigError(
+            f"{where} has captions '{name}' of this file already, imported with --num-captions {there.num_captions} "
+            f"--source '{there.source}'; give these again, or another --name"
+        )
+
+
+def _check_keys(file: CaptionFile, store: Store) -> None:
+    """Raises ConfigError where the file has captions of no sample that is known: its name would be taken for good."""
+    example = ""
+    for shard in _known(store):
+        keys, status = store.read(shard, KEY), store.read(shard, STATUS)
+        for key in keys[status == Status.GOOD].tolist():
+            if file.of(key, shard):
+                return
+            example = f"'{key}' in shard '{shard}'"
+    if example:
+        key, of_shard = file.found.execute("SELECT key, shard FROM captions LIMIT 1").fetchone()
+        its = f"'{key}'" + (f" in shard '{of_shard}'" if of_shard else "")
+        raise ConfigError(
+            f"{file.path} has captions of no image in {store.url}, and none were imported: a key there is {its}, and "
+            f"one in the store {example}; `export keys` writes the keys that are meant"
+        )
+
+
+def _known(store: Store) -> list[str]:
+    """The shards whose samples are known."""
+    return [shard for shard in store.shards() if store.has(shard, KEY) and store.has(shard, STATUS)]
+
+
 def _write(file: CaptionFile, store: Store, name: str, texts: Texts) -> CaptionReport:
     manifest = store.promised()
     recipe = manifest.parsed_recipe()
+    if name not in recipe.texts:
+        _check_keys(file, store)
     grown = recipe.but(texts=recipe.texts | {name: texts}).model_dump(mode="json")
     store.promise(replace(manifest, recipe=grown), True)
-    names = store.shards()
-    report = CaptionReport(store.url, name, texts.num_captions, len(names))
-    with Progress(len(names), "shard") as progress:
-        for shard in names:
-            if store.has(shard, KEY) and store.has(shard, STATUS):
-                _import(store, shard, Column("text", name, "caption"), texts.num_captions, file.found, report)
-            else:
-                report.unfinished += 1
+    num_shards, known = len(store.shards()), _known(store)
+    report = CaptionReport(store.url, name, texts.num_captions, num_shards, unfinished=num_shards - len(known))
+    with Progress(len(known), "shard") as progress:
+        for shard in known:
+            _import(store, shard, Column("text", name, "caption"), texts.num_captions, file, report)
             progress.add()
     store.objects.sweep()
     report.without_image = file.found.execute("SELECT COUNT(*) FROM captions WHERE NOT seen").fetchone()[0]
@@ -155,24 +200,19 @@ def export_keys(store_url: str, patterns: str) -> Iterator[dict[str, Any]]:
             yield told | ({"caption": own[row]} if own is not None else {})
 
 
-def _import(
-    store: Store, shard: str, column: Column, num: int, found: sqlite3.Connection, report: CaptionReport
-) -> None:
+def _import(store: Store, shard: str, column: Column, num: int, file: CaptionFile, report: CaptionReport) -> None:
     keys, good = store.read(shard, KEY).tolist(), store.read(shard, STATUS) == Status.GOOD
     original = Column("text", ORIGINAL, "caption")
     own = store.read(shard, original, 0).tolist() if store.has(shard, original) else [""] * len(keys)
     array = np.full((num, len(keys)), "", dtype=object)
     for row in np.flatnonzero(good).tolist():
-        told = found.execute(
-            "SELECT shard, texts FROM captions WHERE key = ? AND shard IN (?, '') ORDER BY shard DESC LIMIT 1",
-            (keys[row], shard),
-        ).fetchone()
-        texts = json.loads(told[1]) if told else [own[row]]
+        told = file.of(keys[row], shard)
+        texts = told[1] if told else [own[row]]
         array[:, row] = [texts[i % len(texts)] for i in range(num)]
         report.samples += 1
         report.without_caption += told is None
         if told:
-            found.execute("UPDATE captions SET seen = 1 WHERE key = ? AND shard = ?", (keys[row], told[0]))
+            file.found.execute("UPDATE captions SET seen = 1 WHERE key = ? AND shard = ?", (keys[row], told[0]))
     if not store.has(shard, column):
         store.commit(shard, column, array, store.identity(shard) or "")
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from reinforce.data.status import Status
 from reinforce.errors import ConfigError, MissingExtra, NotCommitted, StoreError
+from reinforce.exchange.place import check_empty
 from reinforce.progress import Progress
 from reinforce.store.columns import KEY, Column
 from reinforce.store.reader import StoreReader
@@ -36,10 +37,12 @@ class ColumnsReport:
 
 
 def export_columns(url: str, wanted: list[str], out: Path, form: Form) -> ColumnsReport:
-    """Write `wanted`, columns by their paths or `*` for all, of every shard; a shard that is there is written again.
+    """Write `wanted`, columns by their paths or `*` for all, of every shard.
 
-    Raises ConfigError for a column that the store cannot have, StoreError where there is no store, MissingExtra.
+    Raises ConfigError for a column that the store cannot have or where something is in `out`, StoreError where there is
+    no store, MissingExtra.
     """
+    check_empty(out)
     store = StoreReader(url)
     known = {str(column): column for column in store.manifest.columns()}
     asked = list(known) if wanted == ["*"] else wanted

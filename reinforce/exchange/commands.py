@@ -1,6 +1,7 @@
 """The commands `pack`, `import` and `export`."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from reinforce.config import check_name
 from reinforce.errors import ConfigError
 from reinforce.recipes import load_recipe
 from reinforce.terminal import JsonOption, SetOption, StoreOption, errors_as_sentences, home, show, typed
@@ -39,7 +41,7 @@ def pack(
         report = make(source, out, samples_per_shard, image_column, caption_column)
         following = f"{typed('clip-reinforce')} run '{out}/*.tar' --store STORE --recipe RECIPE"
         show(asdict(report), json_, following)
-    raise typer.Exit(1 if "missing_file" in report.noted else 0)
+    raise typer.Exit(1 if report.noted.keys() & {"missing_file", "no_path", "wrong_fields"} else 0)
 
 
 @importing.command("datacompdr")
@@ -53,7 +55,9 @@ def import_datacompdr(
     set_: SetOption = [],
     width: Annotated[
         list[str],
-        typer.Option(metavar="TEACHER=NUMBER", help="of its part of an embedding, in the recipe's order; else equal"),
+        typer.Option(
+            metavar="TEACHER=NUMBER", help="of its part of an embedding, in the recipe's order; else its model's"
+        ),
     ] = [],
     max_invalid: Annotated[
         float, typer.Option(help="a shard with a larger share of samples without image or record is refused")
@@ -64,8 +68,11 @@ def import_datacompdr(
     with errors_as_sentences():
         from reinforce.exchange.imported import import_datacompdr as run
 
-        report = run(records, images or records, store, load_recipe(recipe, set_), _widths(width), max_invalid)
-        show(asdict(report), json_)
+        made_by = load_recipe(recipe, set_)
+        report = run(records, images or records, store, made_by, _widths(width), max_invalid)
+        # The records do not say whose they are.
+        assumed = {name: f"{of.model},{of.pretrained or ''}".strip(",") for name, of in made_by.teachers.items()}
+        show(asdict(report) | {"assumed_teachers": assumed}, json_)
         raise typer.Exit(1 if report.failed else 0)
 
 
@@ -88,6 +95,7 @@ def import_clip_retrieval(
 ) -> None:
     """Make a store of what clip-retrieval embedded, and of those tars: one view of each image, its middle."""
     with errors_as_sentences():
+        check_name("--teacher", teacher)
         from reinforce.exchange.clip_retrieval import import_clip_retrieval as run
 
         report = run(folder, images, store, clip_model, teacher, logit_scale, max_invalid)
@@ -117,7 +125,9 @@ def export_datacompdr(
 
 @importing.command("captions")
 def import_captions(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help=".jsonl, .jsonl.gz or .parquet: key, and captions")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", callback=home, help=".jsonl, .jsonl.gz or .parquet: key, and captions")
+    ],
     store: StoreOption,
     name: Annotated[str, typer.Option(help="what the text set is called")],
     num_captions: Annotated[
@@ -128,6 +138,7 @@ def import_captions(
 ) -> None:
     """Add captions that were written elsewhere. `clip-reinforce extend` then has the teachers embed them."""
     with errors_as_sentences():
+        check_name("--name", name)
         from reinforce.exchange.captions import import_captions as run
 
         following = f"{typed('clip-reinforce')} extend SHARDS --store {store}"
@@ -144,14 +155,20 @@ def export_keys(
     with errors_as_sentences():
         from reinforce.exchange.captions import export_keys as run
 
+        out = out and home(out)
         # On a terminal no caption may steer it.
         lines = (json.dumps(told, ensure_ascii=out is None) for told in run(store, shards))
         if out is None:
             for line in lines:
                 print(line)
-        else:
-            with home(out).open("w", encoding="utf-8") as file:
+            return
+        partial = out.with_name(f"{out.name}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in lines)
+            os.replace(partial, out)  # whole or not at all
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @exporting.command("columns")
@@ -178,6 +195,7 @@ def files_of(option: str, given: Sequence[str]) -> dict[str, Path]:
         name, equals, file = item.partition("=")
         if not (name and equals and file):
             raise ConfigError(f"{option} {item}: write NAME=FILE, such as vlm=captions.jsonl")
+        check_name(option, name)
         if name in files:
             raise ConfigError(f"{option}: '{name}' is given twice; take another name for one of the files")
         files[name] = home(Path(file))

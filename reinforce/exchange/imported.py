@@ -20,6 +20,7 @@ from reinforce.data.status import Status
 from reinforce.errors import ConfigError, ManifestMismatch, ReplayError, ShardError
 from reinforce.exchange import datacompdr
 from reinforce.exchange.datacompdr import NoRecord, Record
+from reinforce.models.frozen import embedding_width
 from reinforce.progress import Progress
 from reinforce.run.batches import ROOM_BYTES, Batch, Room, Rows, batches
 from reinforce.run.reports import RunReport, ShardReport
@@ -57,7 +58,8 @@ def import_datacompdr(
 
     `images`: the tars of the images, which may be the same; a tar of records belongs to the tar of images of its name,
     a record to the image of its key. `recipe` names teachers and captioner; how many views and captions there are, the
-    first record says. `widths`: of each teacher's part of an embedding, in the recipe's order; none: equal parts.
+    first record says. `widths`: of each teacher's part of an embedding, in the recipe's order; none: that of its
+    model, or an equal part where that is not known.
     Raises ConfigError and ManifestMismatch before any work; shards that fail are in the report.
     """
     told = {shard.name: shard for shard in shards.expand(records)}
@@ -142,12 +144,15 @@ def _as_found(recipe: Recipe, first: Record) -> Recipe:
 
 def _widths(recipe: Recipe, given: dict[str, int], whole: int) -> dict[str, int]:
     names = list(recipe.teachers)
-    widths = given or {name: whole // len(names) for name in names}
+    widths = given or {
+        name: embedding_width(teacher) or whole // len(names) for name, teacher in recipe.teachers.items()
+    }
     if list(widths) != names or sum(widths.values()) != whole:
         told = ", ".join(f"{name}={width}" for name, width in widths.items())
         raise ConfigError(
             f"embeddings are {whole} numbers wide, and the teachers' parts are {told}; "
-            f"say how wide those of {', '.join(names)} are, in this order: --width NAME=NUMBER"
+            f"name the recipe with the teachers that made them, --recipe, or say how wide those of {', '.join(names)} "
+            "are, in this order: --width NAME=NUMBER"
         )
     return widths
 

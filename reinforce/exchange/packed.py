@@ -18,6 +18,7 @@ from reinforce.data.grouping import is_hidden
 from reinforce.data.notes import Notes
 from reinforce.data.remote import as_os_errors
 from reinforce.errors import ConfigError, MissingExtra
+from reinforce.exchange.place import check_empty
 from reinforce.progress import Progress
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -63,13 +64,12 @@ def pack(
     The names of all pictures (and the captions of a table) are held in memory, and one picture at a time. Nothing is
     seen of `out` before all of it is written. Raises ConfigError where there is nothing to pack, or something in `out`.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"{out} is there already, and nothing is written over; give another folder, or remove it")
+    check_empty(out)
     notes = Notes()
     if source.is_dir():
         pictures = _of_folder(source, notes)
     elif source.suffix.lower() in TABLES:
-        pictures = _of_table(source, image_column, caption_column)
+        pictures = _of_table(source, image_column, caption_column, notes)
     else:
         raise ConfigError(f"{source} is neither a folder nor a table ({', '.join(TABLES)}); check the path")
     report, partial = PackReport(str(out)), out.with_name(f"{out.name}.partial")
@@ -194,21 +194,23 @@ def _text(name: str) -> str:
 # -- a table -----------------------------------------------------------------------------------------------------------
 
 
-def _of_table(path: Path, image_column: str | None, caption_column: str | None) -> list[_Picture]:
+def _of_table(path: Path, image_column: str | None, caption_column: str | None, notes: Notes) -> list[_Picture]:
     try:
-        header, rows = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
+        header, rows = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path, notes)
         images = _column(path, header, image_column, IMAGE_COLUMNS, "--image-column")
         texts = _column(path, header, caption_column, CAPTION_COLUMNS, "--caption-column")
         found: dict[str, list[str]] = {}
         for row in rows:
             told = row.get(texts)
             of_row = told if isinstance(told, list) else [told]
-            found.setdefault(str(row.get(images) or ""), []).extend(
-                text for text in of_row if isinstance(text, str) and text.strip()
-            )
+            name = str(row.get(images) or "")
+            if not name.strip():
+                notes.add("no_path", f"{path}, the row of caption '{told or ''}'")
+                continue
+            found.setdefault(name, []).extend(text for text in of_row if isinstance(text, str) and text.strip())
     except ConfigError:
         raise
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     return [_Picture(_relative(name), _place(path, name), tuple(dict.fromkeys(of))) for name, of in found.items()]
 
@@ -225,18 +227,51 @@ def _relative(name: str) -> str:
 
 
 def _column(path: Path, header: list[str], asked: str | None, usual: tuple[str, ...], option: str) -> str:
+    if not header:
+        raise ConfigError(f"{path} is empty; its first line has to name the columns, such as: path,caption")
     found = next((name for name in ((asked,) if asked else usual) if name in header), None)
     if found is None:
+        if len(header) == 1 and (mark := next((mark for mark in ";,|" if mark in header[0]), "")):
+            raise ConfigError(
+                f"{path} seems to be separated by '{mark}'; save it with commas as .csv, or with tabs as .tsv: "
+                f"{header[0]}"
+            )
         missing = f"no column '{asked}'" if asked else f"none of the columns {', '.join(usual)}"
         raise ConfigError(f"{path} has {missing}; name one with {option}: {', '.join(header)}")
+    if header.count(found) > 1:
+        raise ConfigError(f"{path} has {header.count(found)} columns called '{found}'; rename all but one of them")
     return found
 
 
-def _csv(path: Path) -> tuple[list[str], Iterator[dict[str, str]]]:
+def _csv(path: Path, notes: Notes) -> tuple[list[str], Iterator[dict[str, str]]]:
     text = path.read_text("utf-8-sig")
     tabs = path.suffix.lower() == ".tsv" or "\t" in text.partition("\n")[0]  # open_clip's .csv has tabs
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
-    return list(reader.fieldnames or []), iter(reader)
+    rows = _rows(path, text, "\t" if tabs else ",", notes)
+    header = next(rows, [])
+    return header, (dict(zip(header, row, strict=True)) for row in rows)
+
+
+def _rows(path: Path, text: str, delimiter: str, notes: Notes) -> Iterator[list[str]]:
+    """The header, and the rows with as many fields; the others are noted. Strict, since a quote that is not closed
+    would else make one caption of all that follows."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    wanted = None
+    while True:
+        where = f"{path}, line {reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ConfigError(
+                f"{where}: the row that begins there cannot be read ({error}); close each quote that opens a field, "
+                "and write a quote within quotes twice"
+            ) from None
+        if row is None:
+            return
+        wanted = wanted or len(row)
+        if len(row) == wanted:
+            yield row
+        elif row:  # an empty line is none
+            notes.add("wrong_fields", where)
 
 
 def _parquet(path: Path) -> tuple[list[str], Iterator[dict[str, object]]]:

@@ -164,6 +164,15 @@ def _model_cfg(name: str) -> Any:
     return json.loads(Path(path).read_text())["model_cfg"]
 
 
+def embedding_width(config: Model) -> int | None:
+    """D, as its architecture says, or None where that is not at hand."""
+    if config.model.startswith((TIMM, "hf-hub:")):
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return (_model_cfg(config.model) or {}).get("embed_dim")  # type: ignore[no-any-return]
+    return None
+
+
 def _vocabulary(tokenizer: Any) -> Any:
     """Words with their ids, and merges in their order where the tokenizer is open_clip's own."""
     words = tokenizer.encoder if hasattr(tokenizer, "encoder") else tokenizer.tokenizer.get_vocab()
