@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reinforce import signals
-from reinforce.errors import Diverged
+from reinforce.errors import ConfigError, Diverged
 from reinforce.lines import say
 from reinforce.terminal import own_version
 from train import checkpoint
@@ -34,6 +34,7 @@ from train.evaluation.metrics import Metrics
 from train.logs import Journal
 
 _SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
+_OF_A_TRAINING = ("metrics.jsonl", "checkpoints/step_*.safetensors", "diverged_step_*.json", "tensorboard")
 
 
 class Piece(Protocol):
@@ -210,7 +211,8 @@ class Training(ABC, Generic[P]):
         bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
         raise Diverged(
             f"step {step}: {bad}; its {len(keys)} samples, from {keys[0]} to {keys[-1]}, are listed in {path}. "
-            f"No weight was changed by it. {self.remedy}; the newest checkpoint is from before"
+            f"No weight was changed by it. {self.remedy}"
+            + ("; the newest checkpoint is from before" if checkpoint.latest(self.out / "checkpoints") else "")
         )
 
     def _evaluate(self, step: int, journal: Journal) -> dict[str, Metrics]:
@@ -228,6 +230,36 @@ class Training(ABC, Generic[P]):
         if self.ranks.is_first:
             state = (self.model, self.optimizer, self.average)
             checkpoint.save(self.out / "checkpoints", step, self.config, self.fingerprint, *state)
+
+
+def check_folder(out: Path) -> None:
+    """Raises ConfigError where a training would put its files among those of something else, such as a data set.
+
+    Empty files do not count: a shell makes them for what a command will say, and a training that was killed as it wrote
+    its first file leaves one.
+    """
+    if out.is_file():
+        raise ConfigError(f"{out} is a file, and a training is a folder; give another --out")
+    held = sorted(path.name for path in out.iterdir() if path.is_dir() or path.lstat().st_size) if out.is_dir() else []
+    if held and not _is_a_training(out):
+        raise ConfigError(
+            f"{out} holds other things, such as {held[0]}, and no training; give another --out, or an empty folder"
+        )
+
+
+def say_ended(out: Path) -> None:
+    """Of a training that is run again after its end: its report is shown, and is no news."""
+    say(f"{out}: this training came to its end before; for a new one give another --out", file=sys.stderr)
+
+
+def _is_a_training(out: Path) -> bool:
+    """Whether a training has begun in this folder; `config.json` is a common name, so its content counts."""
+    try:
+        if {"config", "commit", "software"} <= json.loads((out / "config.json").read_text()).keys():
+            return True
+    except (OSError, ValueError, AttributeError):
+        pass
+    return any(next(out.glob(pattern), None) for pattern in _OF_A_TRAINING)
 
 
 def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:
