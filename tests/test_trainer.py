@@ -26,6 +26,7 @@ from tests.conftest import Reinforced
 from tests.processes import ROOT
 from train import students
 from train.config import TrainConfig
+from train.loop import check_folder
 from train.trainer import fit, lr_at
 
 WEIGHTS = "student/open_clip_model.safetensors"
@@ -151,7 +152,7 @@ def test_a_folder_of_other_things_is_refused_before_anything_is_read(tmp_path: P
         ("config.json", "[]", True),
         ("log.txt", "", False),  # as a shell makes it: `2> out/log.txt`
         ("config.json", "", False),
-        ("config.json", '{"config": {}, "commit": null, "software": {}}', False),
+        ("config.json", '{\n "config": {\n  "eval_ev', False),  # killed as it wrote it
         ("metrics.jsonl", "{}", False),
         ("diverged_step_0_rank_0.json", "{}", False),
         ("tensorboard/events", "x", False),
@@ -169,6 +170,13 @@ def test_a_folder_of_other_things_is_refused_before_anything_is_read(tmp_path: P
     out.write_text("")
     with pytest.raises(ConfigError, match="out is a file"):
         fit(asked, out)
+
+
+def test_a_training_that_left_only_its_settings_goes_on(reinforced: Reinforced, tmp_path: Path) -> None:
+    fit(config(reinforced, steps=1), tmp_path)
+    for left in (path for path in tmp_path.iterdir() if path.name != "config.json"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    check_folder(tmp_path)  # it knows the file as one of a training
 
 
 def test_where_steps_are_given_epochs_do_not_count(reinforced: Reinforced, tmp_path: Path) -> None:

@@ -235,8 +235,7 @@ class Training(ABC, Generic[P]):
 def check_folder(out: Path) -> None:
     """Raises ConfigError where a training would put its files among those of something else, such as a data set.
 
-    Empty files do not count: a shell makes them for what a command will say, and a training that was killed as it wrote
-    its first file leaves one.
+    Empty files do not count: a shell makes them for what a command will say.
     """
     if out.is_file():
         raise ConfigError(f"{out} is a file, and a training is a folder; give another --out")
@@ -253,13 +252,14 @@ def say_ended(out: Path) -> None:
 
 
 def _is_a_training(out: Path) -> bool:
-    """Whether a training has begun in this folder; `config.json` is a common name, so its content counts."""
-    try:
-        if {"config", "commit", "software"} <= json.loads((out / "config.json").read_text()).keys():
-            return True
-    except (OSError, ValueError, AttributeError):
-        pass
-    return any(next(out.glob(pattern), None) for pattern in _OF_A_TRAINING)
+    """Whether a training has begun in this folder, even if it was killed as it wrote its first file.
+
+    `config.json` is a common name, so that its first words count.
+    """
+    config = out / "config.json"
+    return (config.is_file() and config.read_text(errors="replace").startswith('{\n "config": {')) or any(
+        next(out.glob(pattern), None) for pattern in _OF_A_TRAINING
+    )
 
 
 def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:
