@@ -241,7 +241,7 @@ def test_epochs_weigh_as_a_gaussian() -> None:
 
 def test_a_folder_of_other_things_beside_the_prompts_stays_as_it_is(asked: AdaptConfig, tmp_path: Path) -> None:
     before = tiny.tree(asked.data)
-    with pytest.raises(ConfigError, match="data holds other things, such as classnames.txt, and no training"):
+    with pytest.raises(ConfigError, match="data holds other things, such as test, and no training"):
         adapt(asked, tmp_path / "data.safetensors")
     assert tiny.tree(asked.data) == before
 

@@ -150,7 +150,7 @@ def test_a_folder_of_other_things_is_refused_before_anything_is_read(tmp_path: P
         ("00000.tar", "x", True),
         ("config.json", '{"model_cfg": {}}', True),  # of an open_clip model
         ("config.json", "[]", True),
-        ("log.txt", "", False),  # as a shell makes it: `2> out/log.txt`
+        ("log.txt", "WARNING ..", False),  # of a training that failed as it began, `2>> out/log.txt`
         ("config.json", "", False),
         ("config.json", '{\n "config": {\n  "eval_ev', False),  # killed as it wrote it
         ("metrics.jsonl", "{}", False),

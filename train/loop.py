@@ -35,6 +35,7 @@ from train.logs import Journal
 
 _SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
 _OF_A_TRAINING = ("metrics.jsonl", "checkpoints/step_*.safetensors", "diverged_step_*.json", "tensorboard")
+_LOGS = (".txt", ".log", ".out", ".err")
 
 
 class Piece(Protocol):
@@ -235,11 +236,13 @@ class Training(ABC, Generic[P]):
 def check_folder(out: Path) -> None:
     """Raises ConfigError where a training would put its files among those of something else, such as a data set.
 
-    Empty files do not count: a shell makes them for what a command will say.
+    Logs do not count, which a shell or a scheduler keeps of what a command says, nor do empty files: a training that is
+    killed as it begins may leave both.
     """
     if out.is_file():
         raise ConfigError(f"{out} is a file, and a training is a folder; give another --out")
-    held = sorted(path.name for path in out.iterdir() if path.is_dir() or path.lstat().st_size) if out.is_dir() else []
+    paths = [path for path in out.iterdir() if path.suffix not in _LOGS] if out.is_dir() else []
+    held = sorted(path.name for path in paths if path.is_dir() or path.lstat().st_size)
     if held and not _is_a_training(out):
         raise ConfigError(
             f"{out} holds other things, such as {held[0]}, and no training; give another --out, or an empty folder"
