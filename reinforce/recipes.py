@@ -69,6 +69,8 @@ def _tree(constant: str, name: str) -> Any:
     """The settings as plain data, not yet checked."""
     if not name:
         raise ConfigError("the recipe has no name; give one of these, or a path to your own", *choice(constant))
+    if ("/" in name or name.endswith((".py", ".json"))) and Path(name).is_dir():
+        raise ConfigError(f"recipe {name} is a folder; give a file: mine.py or mine.json")
     if name.endswith(".json"):
         tree = _json(Path(name))
         if constant != "RECIPE" and isinstance(tree, dict) and {"teachers", "captioners"} <= tree.keys():
@@ -78,8 +80,10 @@ def _tree(constant: str, name: str) -> Any:
         path = Path(name)
     else:
         path = FOLDER / f"{name}.py"
-        if name not in (known := listed(constant)):
-            close = difflib.get_close_matches(name, known, n=3)
+        if name.startswith("_") or not path.is_file():
+            if Path(name).is_file():
+                raise ConfigError(f"recipe {name}: the name of a recipe's file ends in .py or .json, and this does not")
+            close = difflib.get_close_matches(name, listed(constant), n=3)
             own = f"; did you mean ./{name}.py?" if Path(f"{name}.py").is_file() else ""
             raise ConfigError(
                 f"no recipe of this project is called '{name}'"
@@ -91,7 +95,10 @@ def _tree(constant: str, name: str) -> Any:
         raise ConfigError(f"recipe {name}: no such file")
     values = _values(path)
     if constant not in values:
-        raise ConfigError(f"recipe {name} has no {constant}; write one, as {FOLDER.name}/datacompdr_12m.py does")
+        raise ConfigError(
+            f"recipe {name} has no {constant}; write one, or take one of these, which lie in {FOLDER.name}/:",
+            *choice(constant),
+        )
     value = values[constant]
     return value.model_dump() if isinstance(value, Config) else value
 
@@ -143,7 +150,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: write it as dotted.key=value")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as error:
+        if text.startswith(("{", "[")) and ".tar" not in text:  # '{00000..00127}.tar' are tars
+            raise ConfigError(
+                f"--set {override}: this is broken JSON ({error}); see to its quotes and brackets"
+            ) from None
         value = text
     *path, last = dotted.split(".")
     node: Any = tree

@@ -25,6 +25,7 @@ from reinforce.models.tokenizer import get_tokenizer
 from reinforce.run import driver
 from reinforce.store.columns import CLASSES
 from reinforce.store.store import Store
+from tests import tiny
 from tests.processes import ROOT
 from train import checkpoint
 from train.__main__ import app
@@ -71,7 +72,9 @@ def asked(recipe: Recipe, tmp_path: Path) -> AdaptConfig:
     )
 
 
-def test_prompts_learn_and_are_found_again(asked: AdaptConfig, tmp_path: Path) -> None:
+def test_prompts_learn_and_are_found_again(
+    asked: AdaptConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "p.safetensors"
     report = adapt(asked, out)
     assert (report["classes"], report["images"], report["skipped"]) == (3, 6, 0)
@@ -80,7 +83,9 @@ def test_prompts_learn_and_are_found_again(asked: AdaptConfig, tmp_path: Path) -
     scores = report["evaluated"]["test"]
     assert scores["frozen"]["num"] == scores["adapted"]["num"] == 8
     written = out.read_bytes()
+    assert "came to its end before" not in capsys.readouterr().err
     assert adapt(asked, out) == report and out.read_bytes() == written
+    assert "p.safetensors: this training came to its end before; for a new one give" in capsys.readouterr().err
     assert adapt(asked.but(log_every_n_steps=1), out) == report
     with pytest.raises(ConfigError, match=r"made with other settings:\n  seed: it was 0, this run asks for 1"):
         adapt(asked.but(seed=1), out)
@@ -167,7 +172,7 @@ def test_the_result_is_the_weighted_mean_of_epochs(
 
 
 def test_a_loss_that_is_nan_stops_with_its_samples(asked: AdaptConfig, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"step \d+: .*nan.* its [24] samples, .* are listed in .*Lower lr; the newest"):
+    with pytest.raises(Diverged, match=r"step \d+: .*nan.* its [24] samples, .* are listed in .*Lower lr$"):
         adapt(asked.but(lr=1e30), tmp_path / "p.safetensors")
     (path,) = (tmp_path / "p").glob("diverged_step_*")
     assert all(key.startswith("train-") for key in json.loads(path.read_text())["keys"])
@@ -234,6 +239,13 @@ def test_epochs_weigh_as_a_gaussian() -> None:
     assert epoch_weights(1) == [1.0] and max(epoch_weights(4)) == epoch_weights(4)[2]
 
 
+def test_a_folder_of_other_things_beside_the_prompts_stays_as_it_is(asked: AdaptConfig, tmp_path: Path) -> None:
+    before = tiny.tree(asked.data)
+    with pytest.raises(ConfigError, match="data holds other things, such as test, and no training"):
+        adapt(asked, tmp_path / "data.safetensors")
+    assert tiny.tree(asked.data) == before
+
+
 def test_wrong_requests_get_a_sentence(asked: AdaptConfig, tmp_path: Path) -> None:
     def told(message: str, **changes) -> None:
         with pytest.raises(ConfigError, match=message):
@@ -241,7 +253,8 @@ def test_wrong_requests_get_a_sentence(asked: AdaptConfig, tmp_path: Path) -> No
         assert not (tmp_path / "never.safetensors").exists()
 
     told("no good image of class 2, 'coat'", data=labelled(tmp_path / "two", [0, 1]))
-    told(r"train/nshards.txt: not found", data=str(tmp_path))
+    told(r"train/nshards.txt: not found; labelled images to adapt with are a folder", data=str(tmp_path))
+    told(r"tar/train/nshards.txt: not found; labelled images to adapt with", data=f"{asked.data}/train/0.tar")
     told("names 2 classes", eval_sets={"x": labelled(tmp_path / "few", [0, 1], NAMES[:2])})
     with pytest.raises(ConfigError, match=r"end it in \.safetensors"):
         adapt(asked, tmp_path / "never")

@@ -218,6 +218,8 @@ def test_two_students_from_one_store_that_stays_as_it_is(made: Made, tmp_path: P
     fit(config(made, steps=2, student="mamba_tiny", comkd={"attention": False}), tmp_path / "b")
     assert tree_hash(made.store) == before
     assert classifier.load(tmp_path / "b/student").head.attention is None
+    with pytest.raises(ConfigError, match="did you mean .*/b/student?"):
+        classifier.load(tmp_path / "b")
 
 
 def test_an_interrupted_training_with_an_average_ends_as_the_whole_one(made: Made, tmp_path: Path) -> None:

@@ -160,7 +160,22 @@ def test_only_so_many_views_and_captions(reinforced: Reinforced) -> None:
     views, captions = zip(*opened(), strict=True)
     assert opened(num_views=2) == list(zip([views[e % 2] for e in range(6)], captions, strict=True))
     assert opened(num_captions=1) == list(zip(views, [captions[0]] * 6, strict=True))
-    assert opened(num_views=9, num_captions=9) == opened()
+    assert opened(num_views=3, num_captions=2) == opened()  # of the originals there is one
+
+
+def test_more_views_or_captions_than_there_are(reinforced: Reinforced) -> None:
+    """Of several stores, one with fewer gives what it has, if another has so many."""
+    part = {"shards": reinforced.shards, "store": reinforced.store}
+    for where in ({}, {"shards": "", "store": None, "data": [part, part]}):
+        for setting, told in [
+            ("num_views", "num_views=9: the store has 3 views of an image in view set base"),
+            ("num_captions", "num_captions=9: the store has 2 captions"),
+        ]:
+            with pytest.raises(ConfigError, match=told):
+                source_of(config(reinforced, **where, **{setting: 9}))
+    with pytest.raises(ConfigError, match="the store has 1 captions"):
+        source_of(config(reinforced, text_sets=["original"], num_captions=2))
+    source_of(config(reinforced, store=None, distill=0.0, num_views=9))  # drawn anew, as many as there are epochs
 
 
 def test_mixed_captions_keep_their_embeddings(reinforced: Reinforced) -> None:

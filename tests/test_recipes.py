@@ -140,7 +140,7 @@ def test_wrong_settings_of_a_training_get_a_sentence(text: str, told: str, tmp_p
         ),
         ("TRAINING = {}", "mine.py has no RECIPE"),
         ("RECIPE = 3", "mine.py is not valid:\n  Input should be a valid dictionary"),
-        (None, "mine.py: no such file"),
+        (None, "mine.py is a folder; give a file"),
     ],
 )
 def test_a_broken_recipe_gets_a_sentence_with_the_line(text: str | None, told: str, tmp_path: Path) -> None:
@@ -150,6 +150,34 @@ def test_a_broken_recipe_gets_a_sentence_with_the_line(text: str | None, told: s
         (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_recipe(str(tmp_path / "mine.py"))
+
+
+def test_what_is_no_recipe_gets_a_sentence_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("d.json", "samples"):
+        (tmp_path / folder).mkdir()
+    for file in ("README.md", "mine"):
+        (tmp_path / file).write_text("RECIPE = 1")
+    for name, told in [
+        ("./samples", "recipe ./samples is a folder"),
+        ("d.json", "recipe d.json is a folder"),
+        ("README.md", "recipe README.md: the name of a recipe's file ends in .py or .json"),
+        ("mine", "recipe mine: the name of a recipe's file ends in .py or .json"),
+        ("samples", "no recipe of this project is called 'samples'; did you mean sample?"),
+        ("./nothing.py", "no such file"),
+        ("__main__", "no recipe of this project is called '__main__'"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            load_recipe(name)
+    with pytest.raises(ConfigError, match="^recipe sample has no ADAPTATION; .*\n  comkd "):
+        load_adaptation("sample")
+
+
+def test_broken_json_of_an_override_is_called_so() -> None:
+    for override in ('teachers.x={"model": ', "teachers.x={model: ViT-B-32}", "view_sets.base.scale=[0.1,"):
+        with pytest.raises(ConfigError, match=re.escape(f"--set {override}: this is broken JSON (")):
+            load_recipe("sample", [override])
+    assert load_training("sample", ["shards={00000..00003}.tar"]).shards == "{00000..00003}.tar"
 
 
 def test_a_recipe_may_import_a_file_beside_it(tmp_path: Path) -> None:

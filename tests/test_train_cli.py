@@ -92,7 +92,7 @@ def test_export(trained: Path, tmp_path: Path) -> None:
 def test_latency() -> None:
     code, told, said = python_m("train", "latency", "vit_tiny", "--size", "64", "--repeats", "2", "--json")
     assert code == 0, said
-    image, text = json.loads(told)
+    image, text = json.loads(told)["rows"]
     assert (image["tower"], text["tower"]) == ("image", "text") and image["ms_median"] > 0 and image["params"] > 1e6
 
 
@@ -102,10 +102,20 @@ def test_wrong_requests_are_exit_2_with_a_sentence(reinforced: Reinforced, train
         (["fit", *asked, "--student", "mamba_tinny"], "did you mean mamba_tiny"),
         (["fit", *asked, "--recipe", "sampel"], "did you mean sample"),
         (["fit", *asked, "--set", "leaning_rate=1"], "no key 'leaning_rate'"),
-        (["fit", *asked, "--set", "global_batch_size=9"], "multiple of streams"),
+        (
+            ["fit", *asked, "--set", "global_batch_size=9"],
+            "places in the data that are read side by side; --set streams=1 fits",
+        ),
+        (["fit", *asked, "--eval", "a=x", "--eval", "a=y"], "two evaluation sets are called 'a': x and y; rename one"),
+        (["adapt", "nowhere", "--teacher", "x", "--eval", "a=x", "--eval", "a=y"], "two evaluation sets are called"),
+        (["eval", str(trained / "student"), "a=x", "a=y"], "two evaluation sets are called"),
+        (["eval", str(trained), f"a={reinforced.shards.split('::')[0]}"], f"did you mean {trained / 'student'}?"),
+        (["export", str(trained), str(tmp_path / "out")], f"did you mean {trained / 'student'}?"),
+        (["fit", *asked, "--student", str(trained)], f"did you mean {trained / 'student'}?"),
         (["fit", *asked, "--eval", "heldout"], "NAME=SET"),
         (["eval", str(trained / "student"), "a=nowhere"], "nowhere"),
         (["export", str(trained / "student"), str(trained)], "is there already"),
+        (["classify", "nope", "x.jpg"], "nope is no folder of a student trained with comkd"),
     ]:
         code, out, said = python_m("train", *arguments)
         assert (code, out) == (2, "") and told in said and "Traceback" not in said, said

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reinforce.errors import ConfigError, Corrupt, Diverged, NotCommitted, ReplayError
+from reinforce.errors import ConfigError, Corrupt, Diverged, NotCommitted, ReplayError, StoreError
 from reinforce.models import tensorfile
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
 from train import students
 from train.config import TrainConfig
+from train.loop import check_folder
 from train.trainer import fit, lr_at
 
 WEIGHTS = "student/open_clip_model.safetensors"
@@ -128,11 +129,70 @@ def test_it_learns(reinforced: Reinforced, tmp_path: Path) -> None:
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
-def test_run_again_finds_that_all_is_done(reinforced: Reinforced, tmp_path: Path) -> None:
+def test_run_again_finds_that_all_is_done(
+    reinforced: Reinforced, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = fit(config(reinforced), tmp_path)
     before = tiny.tree(tmp_path)
+    assert "came to its end before" not in capsys.readouterr().err
     assert fit(config(reinforced), tmp_path) == first
     assert tiny.tree(tmp_path) == before
+    assert f"{tmp_path}: this training came to its end before; for a new one give another --out" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_folder_of_other_things_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    """One of a training is not, in whatever state it was left."""
+    out = tmp_path / "out"
+    asked = TrainConfig(shards=str(tmp_path / "none.tar"), store=str(tmp_path / "none"))
+    for name, text, refused in [
+        ("00000.tar", "x", True),
+        ("config.json", '{"model_cfg": {}}', True),  # of an open_clip model
+        ("config.json", "[]", True),
+        ("log.txt", "WARNING ..", False),  # of a training that failed as it began, `2>> out/log.txt`
+        ("config.json", "", False),
+        ("config.json", '{\n "config": {\n  "eval_ev', False),  # killed as it wrote it
+        ("metrics.jsonl", "{}", False),
+        ("diverged_step_0_rank_0.json", "{}", False),
+        ("tensorboard/events", "x", False),
+        ("checkpoints/step_00000001.safetensors", "x", False),
+        ("checkpoints/best.pt", "x", True),
+    ]:
+        path = out / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        told = "out holds other things, such as .*, and no training; give another --out" if refused else "none"
+        with pytest.raises((ConfigError, StoreError), match=told):
+            fit(asked, out)
+        assert tiny.tree(out) == {name: text.encode()}
+        shutil.rmtree(out)
+    out.write_text("")
+    with pytest.raises(ConfigError, match="out is a file"):
+        fit(asked, out)
+
+
+def test_a_training_that_left_only_its_settings_goes_on(reinforced: Reinforced, tmp_path: Path) -> None:
+    fit(config(reinforced, steps=1), tmp_path)
+    for left in (path for path in tmp_path.iterdir() if path.name != "config.json"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    check_folder(tmp_path)  # it knows the file as one of a training
+
+
+def test_where_steps_are_given_epochs_do_not_count(reinforced: Reinforced, tmp_path: Path) -> None:
+    """As when a recipe sets epochs, and --set steps=2 tries it."""
+    first = fit(config(reinforced, steps=2, epochs=2), tmp_path)
+    assert first["steps"] == 2 and fit(config(reinforced, steps=2), tmp_path) == first
+    with pytest.raises(ConfigError, match="epochs: it was 2.0, .* 3.0\n  steps: it was 2, this run asks for None"):
+        fit(config(reinforced, steps=None, epochs=3), tmp_path)
+
+
+def test_what_scans_a_student_takes_has_a_line_of_its_own(
+    reinforced: Reinforced, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(config(reinforced, student="mamba_tiny", steps=1), tmp_path)
+    scans, begun, *_ = capsys.readouterr().err.splitlines()
+    assert scans.startswith("selective scan: ") and begun.startswith("mamba_tiny on ") and len(begun) < 80
 
 
 def test_without_git_and_outside_the_main_thread(
@@ -242,11 +302,14 @@ def test_one_store_serves_many_students_untouched(reinforced: Reinforced, tmp_pa
 
 
 def test_a_loss_that_is_nan_stops_with_its_samples(reinforced: Reinforced, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"step \d+: .*nan.*; its 8 samples, from 0000.* are listed in"):
+    told = r"step \d+: .*nan.*; its 8 samples, from 0000.* are listed in .*Lower lr or lengthen warmup"
+    with pytest.raises(Diverged, match=f"{told}$"):
         fit(config(reinforced, lr=1e30, warmup=0, grad_clip_norm=None), tmp_path)
     (path,) = tmp_path.glob("diverged_step_*")
     assert len(json.loads(path.read_text())["keys"]) == 8
     assert not list((tmp_path / "checkpoints").glob("*"))
+    with pytest.raises(Diverged, match=f"{told}; the newest checkpoint is from before$"):
+        fit(config(reinforced, lr=1e30, warmup=0, grad_clip_norm=None, save_every_n_steps=1), tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["of a step", "of an image", "of a shard"])

@@ -221,7 +221,7 @@ def latency(
         if own_kernels:
             use_own_kernels()
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
-        say(*(json.dumps([asdict(row) for row in rows]) if json_ else table(rows)).split("\n"))
+        say(*(json.dumps({"rows": [asdict(row) for row in rows]}) if json_ else table(rows)).split("\n"))
 
 
 for command in comkd.COMMANDS:

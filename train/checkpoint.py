@@ -72,10 +72,12 @@ def load(
 def differences(saved: dict[str, Any], config: LoopConfig, where: Path) -> list[str]:
     """Sentences on what `config` asks for and what was saved, but for what it is free to change.
 
-    A key that is newer than what was saved counts as its default, and one that is no more does not count. Raises
-    ConfigError where the saved settings are no longer possible.
+    A key that is newer than what was saved counts as its default, and one that is no more does not count; nor do
+    `epochs` where `steps` take their place. Raises ConfigError where the saved settings are no longer possible.
     """
     asked = config.model_dump(mode="json")
+    if asked.get("steps"):
+        del asked["epochs"]
     was = parse(type(config), {key: saved[key] for key in asked if key in saved}, str(where)).model_dump(mode="json")
     return [
         f"  {key}: it was {was[key]}, this run asks for {asked[key]}"

@@ -1,5 +1,6 @@
 """Every setting of the trainer on one page. Where open_clip's trainer has the same setting, it has the same name."""
 
+import math
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -114,7 +115,7 @@ class TrainConfig(LoopConfig):
     global_batch_size: int = Field(1024, ge=2, description="samples per step, over all ranks and accumulated pieces")
     accum_freq: int = Field(1, ge=1, description="pieces in which a rank computes its share of a step, to save memory")
     epochs: float = Field(20, gt=0, description="passes over the data")
-    steps: int | None = Field(None, ge=1, description="length in steps; replaces epochs")
+    steps: int | None = Field(None, ge=1, description="length in steps; where it is given, epochs do not count")
     lr: float = Field(1e-3, gt=0)
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int | None = Field(
@@ -172,7 +173,9 @@ class TrainConfig(LoopConfig):
     def _fit(self) -> Self:
         if self.global_batch_size % self.streams:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} has to be a multiple of streams {self.streams}"
+                f"global_batch_size {self.global_batch_size} has to be a multiple of streams {self.streams}, the "
+                "places in the data that are read side by side; "
+                f"--set streams={math.gcd(self.global_batch_size, self.streams)} fits"
             )
         if self.comkd and (self.feature_mse or self.text_sets):
             raise ValueError("with comkd no text is learned from: leave out feature_mse and text_sets")

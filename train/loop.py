@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reinforce import signals
-from reinforce.errors import Diverged
+from reinforce.errors import ConfigError, Diverged
 from reinforce.lines import say
 from reinforce.terminal import own_version
 from train import checkpoint
@@ -34,6 +34,8 @@ from train.evaluation.metrics import Metrics
 from train.logs import Journal
 
 _SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
+_OF_A_TRAINING = ("metrics.jsonl", "checkpoints/step_*.safetensors", "diverged_step_*.json", "tensorboard")
+_LOGS = (".txt", ".log", ".out", ".err")
 
 
 class Piece(Protocol):
@@ -210,7 +212,8 @@ class Training(ABC, Generic[P]):
         bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
         raise Diverged(
             f"step {step}: {bad}; its {len(keys)} samples, from {keys[0]} to {keys[-1]}, are listed in {path}. "
-            f"No weight was changed by it. {self.remedy}; the newest checkpoint is from before"
+            f"No weight was changed by it. {self.remedy}"
+            + ("; the newest checkpoint is from before" if checkpoint.latest(self.out / "checkpoints") else "")
         )
 
     def _evaluate(self, step: int, journal: Journal) -> dict[str, Metrics]:
@@ -228,6 +231,38 @@ class Training(ABC, Generic[P]):
         if self.ranks.is_first:
             state = (self.model, self.optimizer, self.average)
             checkpoint.save(self.out / "checkpoints", step, self.config, self.fingerprint, *state)
+
+
+def check_folder(out: Path) -> None:
+    """Raises ConfigError where a training would put its files among those of something else, such as a data set.
+
+    Logs do not count, which a shell or a scheduler keeps of what a command says, nor do empty files: a training that is
+    killed as it begins may leave both.
+    """
+    if out.is_file():
+        raise ConfigError(f"{out} is a file, and a training is a folder; give another --out")
+    paths = [path for path in out.iterdir() if path.suffix not in _LOGS] if out.is_dir() else []
+    held = sorted(path.name for path in paths if path.is_dir() or path.lstat().st_size)
+    if held and not _is_a_training(out):
+        raise ConfigError(
+            f"{out} holds other things, such as {held[0]}, and no training; give another --out, or an empty folder"
+        )
+
+
+def say_ended(out: Path) -> None:
+    """Of a training that is run again after its end: its report is shown, and is no news."""
+    say(f"{out}: this training came to its end before; for a new one give another --out", file=sys.stderr)
+
+
+def _is_a_training(out: Path) -> bool:
+    """Whether a training has begun in this folder, even if it was killed as it wrote its first file.
+
+    `config.json` is a common name, so that its first words count.
+    """
+    config = out / "config.json"
+    return (config.is_file() and config.read_text(errors="replace").startswith('{\n "config": {')) or any(
+        next(out.glob(pattern), None) for pattern in _OF_A_TRAINING
+    )
 
 
 def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:

@@ -13,11 +13,13 @@ EvalOption = Annotated[list[str], typer.Option("--eval", metavar="NAME=SET", hel
 
 def eval_sets(texts: list[str]) -> dict[str, str]:
     """NAME=SET -> addresses by name. Raises ConfigError."""
-    sets = {}
+    sets: dict[str, str] = {}
     for text in texts:
         name, equals, url = text.partition("=")
         if not (name and equals and url):
             raise ConfigError(f"{text}: write an evaluation set as NAME=SET, such as heldout=samples/heldout/00000.tar")
+        if name in sets:
+            raise ConfigError(f"two evaluation sets are called '{name}': {sets[name]} and {url}; rename one")
         sets[name] = url
     return sets
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reinforce.errors import ConfigError
+from reinforce.lines import say
 from train import students
 from train.average import Average
 from train.config import TrainConfig
@@ -25,7 +27,7 @@ from train.distributed import Ranks, joined
 from train.evaluation.metrics import Metrics
 from train.evaluation.sets import EvalSet
 from train.logs import Journal
-from train.loop import Ended, Training
+from train.loop import Ended, Training, check_folder, say_ended
 from train.objective import ClipTrainee, Trainee, backward
 from train.students import Student, scan
 
@@ -40,11 +42,14 @@ def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
 
     Raises ConfigError and StoreError before any work, Diverged where a loss is NaN or infinite.
     """
+    check_folder(out)
     with joined(config.device) as ranks:
         training = _Fit(config, out, ranks)
         step = training.resume()
         if step == training.num_steps and (report := _report_of(out)):
             return training.done(report)
+        if training.student.scans and ranks.is_first:
+            say(scan.describe(ranks.device), file=sys.stderr)
         return training.report(training.run(step))
 
 
@@ -104,9 +109,8 @@ class _Fit(Training[Batch]):
         self.module = DistributedDataParallel(self.model) if ranks.world_size > 1 else self.model
 
     def describe(self) -> str:
-        scans = f" ({scan.describe(self.ranks.device)})" if self.student.scans else ""
         return (
-            f"{self.student.name} on {self.ranks.device}{scans}: "
+            f"{self.student.name} on {self.ranks.device}: "
             f"{self.loader.order.num_samples} samples, {self.source.num_skipped} left out"
         )
 
@@ -160,6 +164,8 @@ class _Fit(Training[Batch]):
 
     def done(self, report: dict[str, Any]) -> dict[str, Any]:
         """The report of a training that had come to its end before, with the sets that are new to it."""
+        if self.ranks.is_first:
+            say_ended(self.out)
         # Reports written before there was `eval_sets` name their sets, and not where these lie.
         known = report.setdefault("eval_sets", {n: self._addresses.get(n) for n in report["evaluated"]})
         new = {name: url for name, url in self._addresses.items() if known.get(name) != url}

@@ -34,9 +34,10 @@ from train.comkd.base_to_novel import base_to_novel, check_classes, num_base
 from train.comkd.shots import Labelled, draw_shots
 from train.config import LoopConfig
 from train.distributed import Ranks
+from train.evaluation.folder import NSHARDS, Folder
 from train.evaluation.metrics import Metrics, embed_classes, embed_images
 from train.evaluation.sets import EvalSet
-from train.loop import Ended, Training
+from train.loop import Ended, Training, check_folder, say_ended
 from train.students import Student
 
 TEMPLATE = "{}."  # what stands before the class is what the prompts learn
@@ -102,9 +103,11 @@ def adapt(config: AdaptConfig, out: Path) -> dict[str, Any]:
                 f"Give another --out, or remove it and the folder {folder}.",
             )
         report: dict[str, Any] = about["report"]
+        say_ended(out)
         return report
     if folder == out:
         raise ConfigError(f"--out {out}: end it in .safetensors; the folder of the run has the name without that")
+    check_folder(folder)
     adaptation = _Adaptation(config, folder)
     return adaptation.keep(adaptation.run(adaptation.resume()), out)
 
@@ -153,6 +156,11 @@ class _Adaptation(Training[_Batch]):
         self.teacher = config.teacher
         if self.teacher.prompts:
             raise ConfigError("the teacher has prompts already; adapt the plain one, teacher.prompts=null")
+        if not Folder(config.data).exists(f"train/{NSHARDS}"):
+            raise ConfigError(
+                f"{config.data}/train/{NSHARDS}: not found; labelled images to adapt with are a folder in "
+                "CLIP_benchmark's layout with a split `train`; see docs/comkd.md"
+            )
         labelled = EvalSet(config.data, "train")
         if labelled.classnames is None or labelled.prompts is None:
             raise ConfigError(f"{config.data}: its images have captions; adapting needs images with classes")

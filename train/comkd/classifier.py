@@ -155,11 +155,16 @@ class Classifier(nn.Module):
 
 def load(folder: Path) -> Classifier:
     """In eval mode, on the CPU. Raises ConfigError if the folder is not one that `save` wrote."""
-    student = students.create(str(folder))
     if not (folder / FILE).is_file():
         raise ConfigError(
-            f"{folder} is no folder of a student trained with comkd: it has no {FILE}; `clip-train eval` is for others"
+            f"{folder} is no folder of a student trained with comkd: it has no {FILE}; "
+            + (
+                f"did you mean {folder / 'student'}?"
+                if (folder / "student" / FILE).is_file()
+                else "`clip-train eval` is for others"
+            )
         )
+    student = students.create(str(folder))
     try:
         tensors, metadata = tensorfile.load(folder / FILE)
         names, scale = json.loads(metadata["classnames"]), json.loads(metadata["attention_scale"])

@@ -4,6 +4,7 @@ It gives whole batches, so that they do not depend on the number of workers: the
 our own loader gives for the same seed. Every worker process reads its part of the store itself; nothing is shared.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -99,7 +100,8 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
         }
         if batch_size * self.world_size % streams:
             raise ConfigError(
-                f"batch_size {batch_size} x {self.world_size} ranks has to be a multiple of streams {streams}"
+                f"batch_size {batch_size} x {self.world_size} ranks has to be a multiple of streams {streams}; "
+                f"streams={math.gcd(batch_size * self.world_size, streams)} fits"
             )
         config = parse(TrainConfig, asked, "ReinforcedDataset")
         self._source = source_of(config)

@@ -35,6 +35,12 @@ def source_of(config: TrainConfig) -> Source:
         raise ConfigError(
             "no teacher reads texts, and distill learns how alike images and texts are; set distill=0 and feature_mse=1"
         )
+    what = {"num_views": f"views of an image in view set {config.view_set}", "num_captions": "captions in a text set"}
+    for setting, most in source.most.items():
+        if (asked := getattr(config, setting)) and 0 < most < asked:
+            raise ConfigError(
+                f"{setting}={asked}: the store has {most} {what[setting]}; ask for fewer, or leave it out to use all"
+            )
     return source
 
 
@@ -63,6 +69,7 @@ class Mixture:
             for shard, rows in part.good_rows.items()
         }
         self.num_skipped = sum(part.num_skipped for part in self._parts)
+        self.most = {setting: max(part.most[setting] for part in self._parts) for setting in self._parts[0].most}
         weights = [asked.weight for asked in config.data]
         self.fingerprint = fingerprint(f"{weights} {[part.fingerprint for part in self._parts]}", {})
 

@@ -2,8 +2,8 @@
 sources as one: mixture.py.)
 
 A source has `good_rows` (of each shard, the rows that can be used), `num_skipped` (those that cannot),
-`teachers` (name to width and `logit_scale`), `fingerprint` (of what it gives, wherever that lies) and
-`open(shard, epoch)`.
+`teachers` (name to width and `logit_scale`), `fingerprint` (of what it gives, wherever that lies),
+`most` (how many views and captions a setting can ask for, 0 where none are counted) and `open(shard, epoch)`.
 """
 
 import hashlib
@@ -85,6 +85,7 @@ class Source(Protocol):
     teachers: dict[str, TeacherFacts]
     text_sets: list[str]
     fingerprint: str
+    most: dict[str, int]
 
     def open(self, shard: str, epoch: int) -> Opened: ...
 
@@ -106,6 +107,8 @@ class StoreSource:
         self.text_sets = some(asked_texts, list(self._num_captions), "text set", store.url)
         if not self.text_sets and not config.comkd:
             raise ConfigError(f"{store.url} holds no captions, and CLIP training needs some; only comkd does without")
+        counts = [recipe.text_sets[name] for name in self.text_sets]
+        self.most = {"num_views": len(views), "num_captions": max(counts, default=0)}
         names = some(config.teachers, list(recipe.teachers), "teacher", store.url)
         facts_of = {name: manifest.models["teachers"][name] for name in names}
         some(list(config.dist_logit_scale), names, "teacher", store.url)
@@ -147,18 +150,9 @@ class StoreSource:
             text_targets[name] = {t: read(f"text/{name}/{t}", index) for t in self._readers}
         if self._config.captions == "mix":
             captions, text_targets = self._mixed(shard, epoch, captions, text_targets)
-        return Opened(
-            path,
-            keys,
-            places,
-            read("size"),
-            read(f"{view}/augment", view_index),
-            captions,
-            {t: read(f"{view}/{t}", view_index) for t in self.teachers},
-            text_targets,
-            digests,
-            copy,
-        )
+        sizes, params = read("size"), read(f"{view}/augment", view_index)
+        image_targets = {t: read(f"{view}/{t}", view_index) for t in self.teachers}
+        return Opened(path, keys, places, sizes, params, captions, image_targets, text_targets, digests, copy)
 
     def _located(self, shard: str, path: str, keys: list[str]) -> np.ndarray:
         located = shards.locate(path)
@@ -220,6 +214,7 @@ class PlainSource:
         self._shards = {shard.name: shard for shard in listed}
         self.teachers: dict[str, TeacherFacts] = {}
         self.text_sets = [ORIGINAL]
+        self.most = {"num_views": 0, "num_captions": 0}
         self.good_rows, self._sizes, self._captions = {}, {}, {}
         self.num_skipped, skipped, first, notes = 0, Counter[str](), dict[str, str](), Notes()
         at = listed[0]

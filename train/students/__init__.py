@@ -146,6 +146,8 @@ def find(name: str) -> Path:
     for folder in (CONFIGS / name, Path(name).expanduser()):
         if (folder / CONFIG).is_file():
             return folder
+    if (Path(name).expanduser() / "student" / CONFIG).is_file():
+        raise ConfigError(f"{name} is the folder of a training; did you mean {Path(name) / 'student'}?")
     near = difflib.get_close_matches(name, names(), n=3)
     raise ConfigError(
         f"no student '{name}': neither in the table nor a folder with {CONFIG}; "
