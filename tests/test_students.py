@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers.conv_bn_act import ConvNormAct
 from torch import Tensor, nn
 
+from reinforce.errors import ConfigError
 from reinforce.models.open_clip import open_clip
 from train import students
 from train.students import hybrid_text, mambavision
@@ -337,3 +338,12 @@ def test_small_students_compile(name: str) -> None:
         expected = visual(images)
         got = torch.compile(visual, fullgraph=True)(images)
     assert F.cosine_similarity(got, expected).min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_config.json"])
+def test_a_student_whose_files_are_cut_off_is_a_sentence(tmp_path: Path, name: str) -> None:
+    students.create("vit_tiny").save(tmp_path / "student")
+    file = tmp_path / "student" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=f"student {tmp_path}/student: open_clip cannot build it: .*are whole"):
+        students.create(str(tmp_path / "student"))

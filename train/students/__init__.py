@@ -173,8 +173,14 @@ def create(name: str, seed: int = 0, force_image_size: int | None = None) -> Stu
                 output_dict=True,
                 force_image_size=force_image_size,
             )
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:  # what open_clip raises on an odd config
-            raise ConfigError(f"student {folder}: open_clip cannot build it: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # configuration and weights may hold anything: libraries assert, index and parse
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+            raise ConfigError(
+                f"student {folder}: open_clip cannot build it: {told}; see that {CONFIG} and {WEIGHTS} are whole and "
+                "belong together"
+            ) from error
     _avoid_channels_last(model)
     return Student(Path(name).name, folder, model, get_tokenizer(f"local-dir:{folder}"))
 
