@@ -1,7 +1,7 @@
 """Train small image-text models on tars and on what a store knows of them; evaluate, export and time them.
 
-Exit codes: 0 done; 1 done, but with faults; 2 the request was wrong, nothing was done; 130 and 143 stopped by Ctrl-C or
-SIGTERM (run it again).
+Exit codes: 0 done; 1 something went wrong on the way; 2 the request was wrong, nothing was done; 130 and 143 stopped by
+Ctrl-C or SIGTERM (run it again).
 """
 
 import json
