@@ -261,7 +261,7 @@ def worker(objects: Objects, kind: int) -> Worker:
     loaded.teachers, loaded.ensemble = teachers, FakeEnsemble(teachers)
     loaded.captioners, loaded.room = {"coca": FakeCaptioner(kind)}, Room(1 << 30)
     made.loaded = loaded
-    made._models = threading.Lock()
+    made._models, made.samples = threading.Lock(), 0
     models: dict[str, dict[str, Any]] = {"teachers": {"one": {}, "two": {}}, "captioners": {"coca": {}}}
     made.manifest = Manifest.of(RECIPE, models)
     made.columns = made.manifest.columns()

@@ -281,7 +281,7 @@ def test_a_store_goes_out_and_comes_back_and_teaches_the_same(
             student=reinforced.student, shards=shards_of, store=store, distill=0.7, global_batch_size=8, steps=4,
             precision="fp32", workers=0, report_to=[], streams=1, dist_logit_scale={"vit": 50.0, "conv": 50.0},
         )  # fmt: skip
-        report = fit(config, tmp_path / Path(store).name)
+        report = fit(config, tmp_path / f"learnt_{Path(store).name}")
         learnt.append((report["samples"], report["metrics"]["loss"], report["metrics"]["grad_norm"]))
     assert learnt[0] == learnt[1]
 
