@@ -8,6 +8,7 @@ after each operation, who dies, which operation fails. So a run that goes wrong 
 """
 
 import errno
+import os
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from zarr.storage import MemoryStore
 
 from reinforce.config import Captioner, Recipe, RunOptions, Teacher, ViewSet
 from reinforce.data.shards import Shard
-from reinforce.errors import ReinforceError
+from reinforce.errors import ReinforceError, Unwritable
 from reinforce.models.ensemble import Answers
 from reinforce.run.batches import Room
 from reinforce.run.loaded import Loaded
@@ -294,7 +295,9 @@ class Scheduler:
                 raise Killed
             if fate < 0.013:
                 self.log.append(f"writer {writer}: an error, or no answer")
-                raise OSError(errno.ENOSPC, "No space left on device")
+                # The one is tried again, the other ends the run.
+                number = self.rng.choice((errno.EIO, errno.ENOSPC))
+                raise OSError(number, os.strerror(number))
             if self.rng.random() < 0.4:
                 self._pass_on()
             while self.now != writer:
@@ -338,7 +341,7 @@ def simulate(seed: int, folder: str) -> tuple[list[str], list[str]]:
                         break
                     except OSError:
                         continue
-        except (Killed, OSError):
+        except (Killed, OSError, Unwritable):
             pass
         except Exception as error:  # a fault of ours, whatever it is: it is told with its seed
             disk.faults.append(f"writer {number}: {type(error).__name__}: {error}")
