@@ -186,14 +186,11 @@ def _run(
     texts: Sequence[str],
     **options: Any,
 ) -> None:
-    from reinforce.check.info import stored_recipe
     from reinforce.exchange.captions import run_with_captions
     from reinforce.run.driver import run as run_driver
 
     with errors_as_sentences():
-        loaded = _recipe(recipe, store, set_)
-        if options.get("extend") and stored_recipe(store) is None:
-            raise ConfigError(f"there is no store at {store} to extend; `{typed('clip-reinforce')} run` makes one")
+        loaded = _recipe(recipe, store, set_, extends=options.get("extend", False))
         asked = parse(RunOptions, options, "the request")
         files = commands.files_of("--texts", texts)
         captions: list[CaptionReport] = []
@@ -216,13 +213,15 @@ def _run(
     raise typer.Exit(1 if report.failed else 0)
 
 
-def _recipe(name: str | None, store: str, overrides: list[str]) -> Recipe:
-    """The recipe that is named, or that of the store, where there is one."""
+def _recipe(name: str | None, store: str, overrides: list[str], extends: bool = False) -> Recipe:
+    """The recipe that is named, or that of the store, where there is one. `extends`: there has to be a store."""
     from reinforce.check.info import stored_recipe
 
+    stored = stored_recipe(store) if extends or name is None else None
+    if extends and stored is None:
+        raise ConfigError(f"there is no store at {store} to extend; `{typed('clip-reinforce')} run` makes one")
     if name is not None:
         return load_recipe(name, overrides)
-    stored = stored_recipe(store)
     if stored is None:
         raise ConfigError("name a recipe with --recipe: one of these, or a path to your own", *choice())
     return overridden(stored, overrides, f"the recipe of {store}")

@@ -4,7 +4,7 @@ One function for each, called from where its library is imported; nothing is loa
 a library may change checks them first, and raises MissingExtra, with the versions, where they have changed. Four
 effects stay with their subjects: importing `reinforce.store.bfloat16` teaches zarr that data type; commands and
 trainings take SIGINT and SIGTERM (`signals.py`); a training seeds torch at every step (`train/objective.py`); Ray is
-started from the folder of our packages (`run/on_ray.py`).
+started from the folder of our packages (`run/cluster.py`).
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""An elastic crew of workers, one Ray actor each; with cluster.py, which imports it, all that knows Ray.
+"""An elastic crew of workers, one Ray actor each; with cluster.py, which imports it, all that a run knows of Ray.
 
 Names of shards and counts travel through Ray, never pixels or embeddings, so that its object store stays empty.
 """
