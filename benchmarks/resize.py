@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.augment import cpu_seconds
 from reinforce.config import ViewSet
-from reinforce.data import augment, resize
+from reinforce.data import augment, bicubic, resize
 
 SIZES = ((256, 256), (375, 500), (512, 512), (1500, 2000))
 Box = tuple[int, int, int, int]
@@ -27,9 +27,8 @@ def boxes(size: tuple[int, int], num: int) -> list[Box]:
     return [(left, top, left + width, top + height) for top, left, height, width in (map(int, row) for row in drawn)]
 
 
-def by_pillow(picture: Image.Image, box: Box, side: int) -> Image.Image:
-    narrow = picture.crop(box).resize((side, box[3] - box[1]), Image.Resampling.BICUBIC)
-    return narrow.resize((side, side), Image.Resampling.BICUBIC)
+def by_numba(picture: resize.Picture, box: Box, side: int) -> np.ndarray:
+    return np.asarray(bicubic.resize(resize.part(picture, box), side))
 
 
 def measure(size: tuple[int, int], num: int, rounds: int, side: int) -> dict[str, float]:
@@ -38,13 +37,13 @@ def measure(size: tuple[int, int], num: int, rounds: int, side: int) -> dict[str
     picture, asked = Image.fromarray(noise), boxes(size, num)
     words = resize.ready(picture)
     ways = {
-        "pillow": lambda box: by_pillow(picture, box, side),
-        "numba": lambda box: resize.resized(words, box, side),
-        "a view alone": lambda box: resize.resized(picture, box, side),
+        "pillow": lambda box: resize.by_pillow(picture, box, side),
+        "numba": lambda box: by_numba(words, box, side),
+        "a view alone": lambda box: by_numba(picture, box, side),
         "ready": lambda box: resize.ready(picture),
     }
     for box in asked:
-        if by_pillow(picture, box, side).tobytes() != resize.resized(words, box, side).tobytes():
+        if resize.by_pillow(picture, box, side).tobytes() != by_numba(words, box, side).tobytes():
             raise SystemExit(f"other pixels: {box} of {size} at {side}")
     found = [{name: cpu_seconds(way, asked) / num * 1e3 for name, way in ways.items()} for _ in range(rounds)]
     return {name: median(times[name] for times in found) for name in ways} | {

@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from reinforce.config import ViewSet
 from reinforce.data import draws
-from reinforce.data.resize import Picture, mode_and_size, resized
+from reinforce.data.resize import Picture, by_pillow, has_numba, mode_and_size, part
 from reinforce.errors import ReplayError
 
 # A column of hashes names the first; those of format 1 and of its upgrades name none. A view of 224 px takes 5 us by
@@ -29,13 +29,15 @@ NUM_TRIES = 10  # for a crop that fits in the image, before the central one is t
 @dataclass(frozen=True)
 class Op:
     """An operation of RandAugment. `levels` are its magnitudes, in `unit`, at the 31 bins; a signed one is negated in
-    half of the draws."""
+    half of the draws. `numbers` are those that Pillow takes, of a magnitude and the view's side in pixels; `apply` asks
+    Pillow with them. data/operations.py does the same without it."""
 
     name: str
     unit: str
     signed: bool
     levels: tuple[float, ...]
-    apply: Callable[[Image.Image, float], Image.Image]
+    numbers: Callable[[float, int], tuple[float, ...]]
+    apply: Callable[..., Image.Image]
 
 
 def ramp(start: float, end: float) -> tuple[float, ...]:
@@ -51,30 +53,52 @@ def _affine(view: Image.Image, *matrix: float) -> Image.Image:
     return view.transform(view.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
 
 
+def _rotation(degrees: float, side_px: int) -> tuple[float, ...]:
+    """The matrix of Pillow's Image.rotate, about the middle, to the last bit."""
+    angle, middle = -math.radians(degrees), side_px / 2
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    return (
+        cos, sin, cos * -middle + sin * -middle + middle,
+        -sin, cos, -sin * -middle + cos * -middle + middle,
+    )  # fmt: skip
+
+
 def _pixels(share: float, side_px: int) -> int:
     # Less than a thousandth of a pixel is float32's noise, which would make 44 of 45 pixels in a view of 331.
     return int(round(share * side_px, 3))
 
 
+def _nothing(magnitude: float, side_px: int) -> tuple[float, ...]:
+    return ()
+
+
+def _factor(magnitude: float, side_px: int) -> tuple[float, ...]:
+    return (1 + magnitude,)
+
+
 # fmt: off
 OPS = (  # An operation's place is its id in every store: never move one.
-    Op("Identity", "none", False, ramp(0, 0), lambda view, m: view),
-    Op("ShearX", "tangent", True, ramp(0, 0.3), lambda view, m: _affine(view, 1, m, 0, 0, 1, 0)),
-    Op("ShearY", "tangent", True, ramp(0, 0.3), lambda view, m: _affine(view, 1, 0, 0, m, 1, 0)),
+    Op("Identity", "none", False, ramp(0, 0), _nothing, lambda view: view),
+    Op("ShearX", "tangent", True, ramp(0, 0.3), lambda m, side: (1, m, 0, 0, 1, 0), _affine),
+    Op("ShearY", "tangent", True, ramp(0, 0.3), lambda m, side: (1, 0, 0, m, 1, 0), _affine),
     Op("TranslateX", "share of the view's side", True, ramp(0, 150 / 331),
-       lambda view, m: _affine(view, 1, 0, -_pixels(m, view.width), 0, 1, 0)),
+       lambda m, side: (1, 0, -_pixels(m, side), 0, 1, 0), _affine),
     Op("TranslateY", "share of the view's side", True, ramp(0, 150 / 331),
-       lambda view, m: _affine(view, 1, 0, 0, 0, 1, -_pixels(m, view.height))),
-    Op("Rotate", "degrees", True, ramp(0, 30), lambda view, m: view.rotate(m, Image.Resampling.NEAREST)),
-    Op("Brightness", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Brightness(view).enhance(1 + m)),
-    Op("Color", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Color(view).enhance(1 + m)),
-    Op("Contrast", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Contrast(view).enhance(1 + m)),
-    Op("Sharpness", "factor - 1", True, ramp(0, 0.9), lambda view, m: ImageEnhance.Sharpness(view).enhance(1 + m)),
+       lambda m, side: (1, 0, 0, 0, 1, -_pixels(m, side)), _affine),
+    Op("Rotate", "degrees", True, ramp(0, 30), _rotation, _affine),
+    Op("Brightness", "factor - 1", True, ramp(0, 0.9), _factor,
+       lambda view, f: ImageEnhance.Brightness(view).enhance(f)),
+    Op("Color", "factor - 1", True, ramp(0, 0.9), _factor,
+       lambda view, f: ImageEnhance.Color(view).enhance(f)),
+    Op("Contrast", "factor - 1", True, ramp(0, 0.9), _factor,
+       lambda view, f: ImageEnhance.Contrast(view).enhance(f)),
+    Op("Sharpness", "factor - 1", True, ramp(0, 0.9), _factor,
+       lambda view, f: ImageEnhance.Sharpness(view).enhance(f)),
     Op("Posterize", "bits", False, tuple(8.0 - round(level / 7.5) for level in range(31)),
-       lambda view, m: ImageOps.posterize(view, int(m))),
-    Op("Solarize", "threshold of 255", False, ramp(255, 0), lambda view, m: ImageOps.solarize(view, math.ceil(m))),
-    Op("AutoContrast", "none", False, ramp(0, 0), lambda view, m: ImageOps.autocontrast(view)),
-    Op("Equalize", "none", False, ramp(0, 0), lambda view, m: ImageOps.equalize(view)),
+       lambda m, side: (int(m),), ImageOps.posterize),
+    Op("Solarize", "threshold of 255", False, ramp(255, 0), lambda m, side: (math.ceil(m),), ImageOps.solarize),
+    Op("AutoContrast", "none", False, ramp(0, 0), _nothing, ImageOps.autocontrast),
+    Op("Equalize", "none", False, ramp(0, 0), _nothing, ImageOps.equalize),
 )
 # fmt: on
 
@@ -133,15 +157,31 @@ def replay(image: Picture, params: np.ndarray, size: tuple[int, int], view_px: i
             f"the view was drawn for an RGB image of {size[0]} x {size[1]} pixels (height x width), and this one is "
             f"{mode} of {height} x {width}: give the image as it was, not a resized copy"
         )
-    (top, left, height, width), ops = _parse(params, size)
-    view = resized(image, (left, top, left + width, top + height), view_px)
-    for op, magnitude in ops:
-        view = op.apply(view, magnitude)
+    (top, left, height, width), ops = _parse(params, size, view_px)
+    box = (left, top, left + width, top + height)
+    if not isinstance(image, Image.Image) or has_numba():
+        return _compiled(part(image, box), view_px, ops)
+    view = by_pillow(image, box, view_px)
+    for op_id, numbers in ops:
+        view = OPS[op_id].apply(view, *numbers)
     return np.array(view)
 
 
-def _parse(params: np.ndarray, size: tuple[int, int]) -> tuple[list[int], list[tuple[Op, float]]]:
-    values = [float(value) for value in params]
+def _compiled(words: np.ndarray, view_px: int, ops: list[tuple[int, tuple[float, ...]]]) -> np.ndarray:
+    from reinforce.data import bicubic, operations
+
+    ids, table = np.empty(len(ops), np.int64), np.zeros((len(ops), operations.MOST_NUMBERS))
+    for i, (op_id, numbers) in enumerate(ops):
+        ids[i] = op_id
+        table[i, : len(numbers)] = numbers
+    return np.asarray(operations.operate(bicubic.resize(words, view_px), ids, table))
+
+
+def _parse(
+    params: np.ndarray, size: tuple[int, int], view_px: int
+) -> tuple[list[int], list[tuple[int, tuple[float, ...]]]]:
+    """The crop (top, left, height, width), and of each operation its id and its numbers."""
+    values: list[float] = params.tolist()
     if len(values) < 4 or len(values) % 2 or not all(value.is_integer() for value in values[:4] + values[4::2]):
         raise ReplayError(f"{values} are no parameters of a view; verify the store they come from")
     top, left, height, width = crop = [int(value) for value in values[:4]]
@@ -155,7 +195,7 @@ def _parse(params: np.ndarray, size: tuple[int, int]) -> tuple[list[int], list[t
         low, high = sorted((op.levels[0], op.levels[-1]))
         if not low <= (abs(magnitude) if op.signed else magnitude) <= high:
             raise ReplayError(f"magnitude {magnitude} of {op.name} is not in {low} to {high} {op.unit}")
-        ops.append((op, magnitude))
+        ops.append((int(op_id), op.numbers(magnitude, view_px)))
     return crop, ops
 
 

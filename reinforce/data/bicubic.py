@@ -16,7 +16,7 @@ BITS = 22  # of a weight, after the point
 TILE = 16  # rows that go through the first pass together
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     try:
         made = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # there is no folder that numba may write to
@@ -24,7 +24,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return made  # type: ignore[no-any-return]
 
 
-@_compiled
+@compiled
 def _bicubic(x: float) -> float:
     x = abs(x)
     if x < 1:
@@ -32,7 +32,7 @@ def _bicubic(x: float) -> float:
     return (((x - 5) * x + 8) * x - 4) * -0.5 if x < 2 else 0.0
 
 
-@_compiled
+@compiled
 def _weights(length: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each of `side` new pixels: the first old one that it is made of, how many, and the weight of each."""
     scale = length / side
@@ -55,7 +55,7 @@ def _weights(length: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return first, num, table
 
 
-@_compiled
+@compiled
 def _mix(lines: np.ndarray, first: int, num: int, weight: np.ndarray, sums: np.ndarray, mixed: np.ndarray) -> None:
     """The weighted sum of `num` lines (of n bytes each) from `first` on: n bytes."""
     n = sums.shape[0]
@@ -77,7 +77,7 @@ def _mix(lines: np.ndarray, first: int, num: int, weight: np.ndarray, sums: np.n
         mixed[i] = np.uint8(min(max(sums[i] >> BITS, 0), 255))
 
 
-@_compiled
+@compiled
 def resize(part: np.ndarray, side: int) -> np.ndarray:
     """(h, w) uint32, whose bytes are R, G, B and one that is not used -> (side, side, 3) uint8."""
     height, width = part.shape
