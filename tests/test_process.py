@@ -113,3 +113,23 @@ def test_only_errors_are_logged_for_a_while(caplog: pytest.LogCaptureFixture) ->
         log.error("shown")
     log.warning("shown again")
     assert caplog.messages == ["shown", "shown again"]
+
+
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_memory_is_kept_for_the_next_batch_where_nobody_says_otherwise(environment: dict[str, str], kept: bool) -> None:
+    code = (
+        "import resource, torch\n"
+        "from reinforce import process\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(20):\n"
+        "        torch.ones(4 << 20, dtype=torch.uint8)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "process.keep_memory()\n"
+        "faults()\n"
+        "print(faults())\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert (int(told.stdout) < 100) == kept  # 20 times 1,024 pages, where they are given back

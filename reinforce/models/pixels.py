@@ -20,4 +20,4 @@ class Normaliser(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 of the same shape. Both are on the normaliser's device."""
-        return (pixels.float() / 255 - self.mean) / self.std
+        return pixels.float().div_(255).sub_(self.mean).div_(self.std)  # in the one tensor that this makes
