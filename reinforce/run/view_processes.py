@@ -1,10 +1,11 @@
 """Views made in processes, for a GPU that threads could not feed.
 
-By Pillow a view is a dozen calls, and between any two of them a thread needs Python's lock: threads together make hardly
-more views than one alone, however many cores there are. With numba they need it far less, and on two cores make as many
-as processes (`python -m benchmarks.augment --at-once 8`); on the many of a GPU's host that was not measured. Each process
-decodes its share of a batch once and keeps it while the batch's views are made. Pixels come back through memory that
-all share. Processes are forked, so that they begin with all that is loaded; none of them touches a GPU.
+By Pillow a view is a dozen calls, and between any two of them a thread needs Python's lock: threads together make
+hardly more views than one alone, however many cores there are. With numba they need it far less, and on two cores make
+as many as processes (`python -m benchmarks.augment --at-once 8`); on the many of a GPU's host that was not measured.
+
+Each process decodes its share of a batch once and keeps it while the batch's views are made. Pixels come back through
+memory that all share. Processes are forked, so that they begin with all that is loaded; none of them touches a GPU.
 """
 
 import mmap
