@@ -251,31 +251,10 @@ for command in checking.COMMANDS:
 
 
 def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:
-    if report.already_there == report.shards:
-        all_of_them = "The shard is" if report.shards == 1 else f"All {report.shards} shards are"
-        say(f"{all_of_them} in {report.store} already; nothing to do ({report.seconds:.1f} s).")
-    else:
-        say(
-            f"{report.done} of {report.shards} shards reinforced in {report.seconds:.0f} s"
-            + (f", {report.already_there} were there already" if report.already_there else "")
-            + f": {report.samples} samples read, {report.valid} good"
-            + "".join(f", {num} {reason}" for reason, num in report.quarantined.items())
-            + "."
-        )
-    for reason, num in report.quarantined.items():
-        say(f"Bad:    {num} {reason}, as {report.first[reason]}")
-    for kind, num in report.noted.items():
-        say(f"Noted:  {num} {kind}, as {report.first[kind]}")
-    for final, remedy in ((True, "They stay so until this is mended:"), (False, "Run again to retry:")):
-        if failed := [failure for failure in report.failed if failure.final == final]:
-            say(f"Failed: {len(failed)} of {report.shards} shards. {remedy}")
-        for failure in failed:
-            say(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
-            for kind, num in failure.noted.items() if failure.quarantined else ():
-                say(f"    {num} {kind}, as {failure.first[kind]}")
     fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
     say(
+        *report.in_words(),
         f"Recipe: {recipe.name}{weights}",
         f"        teachers {_models(recipe.teachers)}",
         f"        captioners {_models(recipe.captioners)}",

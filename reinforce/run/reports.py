@@ -92,6 +92,30 @@ class RunReport:
             most = self.embedding_loss.get(teacher, lost)
             self.embedding_loss[teacher] = max(lost, most, key=lambda of: of["kl"])
 
+    def in_words(self) -> list[str]:
+        """Lines of text: what was done, what is wrong with samples and shards, and what to do."""
+        if self.already_there == self.shards:
+            all_of_them = "The shard is" if self.shards == 1 else f"All {self.shards} shards are"
+            told = [f"{all_of_them} in {self.store} already; nothing to do ({self.seconds:.1f} s)."]
+        else:
+            told = [
+                f"{self.done} of {self.shards} shards reinforced in {self.seconds:.0f} s"
+                + (f", {self.already_there} were there already" if self.already_there else "")
+                + f": {self.samples} samples read, {self.valid} good"
+                + "".join(f", {num} {reason}" for reason, num in self.quarantined.items())
+                + "."
+            ]
+        told += [f"Bad:    {num} {reason}, as {self.first[reason]}" for reason, num in self.quarantined.items()]
+        told += [f"Noted:  {num} {kind}, as {self.first[kind]}" for kind, num in self.noted.items()]
+        for final, remedy in ((True, "They stay so until this is mended:"), (False, "Run again to retry:")):
+            if failed := [failure for failure in self.failed if failure.final == final]:
+                told.append(f"Failed: {len(failed)} of {self.shards} shards. {remedy}")
+            for failure in failed:
+                told.append(f"  {failure.shard}  (tries: {failure.attempts})  {failure.reason}")
+                noted = failure.noted if failure.quarantined else {}
+                told += [f"    {num} {kind}, as {failure.first[kind]}" for kind, num in noted.items()]
+        return told
+
     def phrase(self) -> str:
         """What a run's progress says beside its samples."""
         return f"{len(self.failed)} failed" if self.failed else ""
