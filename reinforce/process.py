@@ -68,11 +68,12 @@ def give_memory_back() -> None:
 
 def keep_memory() -> None:
     """glibc gives what torch frees back to the machine at once, where it is large, and at the next batch the machine
-    must clear every page of it anew: a quarter of the time that small models take on a CPU. Blocks of 8 MB and more,
-    such as large pictures, and what is free beyond 64 MB still go back. Who has set glibc otherwise is left alone."""
+    must clear every page of it anew: a quarter of the time that small models take on a CPU. Blocks of 16 MB and more,
+    which Pillow has of large pictures, and what is free beyond 64 MB still go back. Who has set glibc otherwise is left
+    alone."""
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if adjust and not any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")):
-        adjust(_M_MMAP_THRESHOLD, 8 << 20)
+        adjust(_M_MMAP_THRESHOLD, 16 << 20)
         adjust(_M_TRIM_THRESHOLD, 64 << 20)
 
 
