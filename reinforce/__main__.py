@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -251,7 +252,8 @@ for command in checking.COMMANDS:
 
 
 def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) -> None:
-    fit = f"{typed('clip-train')} fit --shards '{shards}' --store {report.store} {training}"
+    store = quote(report.store)
+    fit = f"{typed('clip-train')} fit --shards '{shards}' --store {store} {training}"
     weights = ", random weights" if recipe.weights == "random" else ""
     say(
         *report.in_words(),
@@ -264,8 +266,8 @@ def _print_run(report: RunReport, shards: str, recipe: Recipe, training: str) ->
         return
     say(
         f"Store:  {report.store}",
-        f"Next:   {typed('clip-reinforce')} info {report.store}",
-        f"        {typed('clip-reinforce')} verify {report.store} --shards '{shards}' --replay 100",
+        f"Next:   {typed('clip-reinforce')} info {store}",
+        f"        {typed('clip-reinforce')} verify {store} --shards '{shards}' --replay 100",
         *([] if report.failed else [f"        {fit}"]),
     )
 

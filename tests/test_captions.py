@@ -22,6 +22,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from reinforce.__main__ import app
+from reinforce.check.repair import redo
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
 from reinforce.errors import ConfigError
@@ -349,3 +350,25 @@ def test_a_name_that_cannot_be_one_is_told_as_it_was_typed(command: str, option:
     assert code == 2 and err.startswith(
         f"error: {option} a/b: 'a/b' cannot name a column: use letters, digits, '-' and"
     )
+
+
+def test_what_was_imported_is_kept_where_images_are_the_same_and_asked_for_where_not(
+    reinforced: Reinforced, recipe: Recipe, written: Path, store: str, tmp_path: Path
+) -> None:
+    options = RunOptions(workers="0", device="cpu", max_invalid=1)
+    run_with_captions(reinforced.shards, store, recipe, {"vlm": written}, options)
+    before, names = tiny.tree(store), ["00000", "00001", "00002"]
+    found = redo(store, names, reinforced.shards, options)
+    assert found.sound and f"00000/{VLM}" not in found.removed and "00000/text/vlm/vit" in found.removed
+    assert tiny.tree(store) == before
+
+    tiny.tar(tmp_path / "00001.tar", 5, seed=9)  # other images under the name of one
+    command = ["--device", "cpu", "--workers", "0", "--shards", str(tmp_path / "00001.tar")]
+    code, out, err = here(app, "redo", store, "00001", *command)
+    assert code == 1, err
+    assert "imported:" in out and f"import captions FILE --store {store} --name vlm" in out
+    assert not Store(store).has("00001", VLM) and Store(store).has("00000", VLM)
+
+    shutil.rmtree(Path(store) / "00000" / "text" / "vlm" / "caption")
+    code, out, err = here(app, "repair", store, *command[:-1], reinforced.shards)
+    assert code == 1 and f"import captions FILE --store {store} --name vlm" in out, err

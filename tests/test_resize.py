@@ -1,5 +1,10 @@
 """A view's pixels do not depend on whether numba is there."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numba
 import numpy as np
 import pytest
@@ -52,3 +57,30 @@ def test_where_numba_can_write_nowhere_it_compiles_for_one_process(monkeypatch: 
 
     monkeypatch.setattr(numba, "njit", nowhere)
     assert bicubic.compiled(lambda x: x + 1)(1) == 2
+
+
+VIEW = """
+import numpy as np
+from PIL import Image
+from reinforce.data import augment, resize
+picture = Image.fromarray(np.arange(60 * 50 * 3, dtype=np.uint32).reshape(60, 50, 3).astype(np.uint8))
+row = np.array([5, 3, 40, 41, 9, 0.3, 13, 0], np.float32)
+print(augment.pixel_hash(augment.replay(resize.ready(picture), row, (60, 50), 24)), resize.has_numba())
+"""
+
+
+def test_views_are_made_where_what_numba_has_compiled_cannot_be_read(tmp_path: Path) -> None:
+    def view() -> tuple[list[str], str]:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", VIEW], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.split(), done.stderr
+
+    (pixels, compiled), err = view()
+    assert compiled == "True" and not err
+    compiled_files = sorted([*tmp_path.rglob("*.nbc"), *tmp_path.rglob("*.nbi")])
+    for keep in (500, 0):  # bytes of each
+        for file in compiled_files:
+            os.truncate(file, keep)
+        told, err = view()
+        assert told == [pixels, "False"]
+        assert "delete that folder" in err and str(tmp_path) in err

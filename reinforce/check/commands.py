@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -91,7 +92,7 @@ def verify(
         if not json_:
             say("sound" if sound else "faults found" if not report.sound else "sound, but not all was compared")
             if report.corrupt or report.missing:
-                say(f"Next:  {typed('clip-reinforce')} repair {store} --shards '{shards or 'DIR/*.tar'}'")
+                say(f"Next:  {typed('clip-reinforce')} repair {quote(store)} --shards '{shards or 'DIR/*.tar'}'")
     raise typer.Exit(0 if sound else 1)
 
 
@@ -131,7 +132,11 @@ def _mend(work: Callable[[RunOptions], "RepairReport"], store: str, workers: str
         options = parse(RunOptions, {"workers": workers, "device": device, "max_invalid": 1}, "the request")
         with redirect_stdout(sys.stderr):
             report = work(options)
-        again = f"{typed('clip-reinforce')} repair {store} --shards 'DIR/*.tar'   computes again what is left"
+        again = f"{typed('clip-reinforce')} repair {quote(store)} --shards 'DIR/*.tar'   computes again what is left"
+        if report.imported:
+            names = dict.fromkeys(path.split("/")[2] for path in report.imported)
+            imports = f"{typed('clip-reinforce')} import captions FILE --store {quote(store)} --name"
+            again = "\n       ".join([*(f"{imports} {name}" for name in names), again])
         shown = asdict(report)
         if report.run and not json_:
             failed = [f"{failure['shard']}: {failure['reason']}" for failure in report.run["failed"]]

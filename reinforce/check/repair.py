@@ -12,9 +12,9 @@ from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
 from reinforce.data.shards import Shard
 from reinforce.data.status import Status
-from reinforce.errors import ConfigError, ShardError
+from reinforce.errors import ConfigError, ShardError, StoreError
 from reinforce.run import driver
-from reinforce.store.columns import CLASSES, Column
+from reinforce.store.columns import CLASSES, DIGEST, KEY, Column
 from reinforce.store.metadata import GROUP, METADATA
 from reinforce.store.store import Store
 
@@ -23,7 +23,8 @@ from reinforce.store.store import Store
 class RepairReport:
     """`removed` are the damaged columns and objects that were taken out, `missing` what was not there before, `foreign`
     what is no part of the store (still there, unless its removal was asked for), `left` what of all that was missing or
-    taken out is not there now, `run` what came of computing columns
+    taken out is not there now, `imported` the captions among these that no model
+    can write again, `run` what came of computing columns
     again, None where no shards were given."""
 
     store: str
@@ -32,6 +33,7 @@ class RepairReport:
     foreign: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     run: dict[str, Any] | None = None
+    imported: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -55,7 +57,7 @@ def repair(url: str, patterns: str | None, options: RunOptions, remove_foreign: 
             store.objects.remove(path)
     if patterns:
         report.run = asdict(driver.run(patterns, url, store.promised().parsed_recipe(), options))
-    report.left = _left(store, report)
+    _look_again(store, report)
     return report
 
 
@@ -73,28 +75,49 @@ def redo(url: str, names: list[str], patterns: str, options: RunOptions) -> Repa
             raise ConfigError(f"{url} has no shard '{name}'; it has {has}")
         if name not in tars:
             raise ConfigError(f"--shards {patterns} has no {name}.tar, and '{name}' is to be made again from it")
-        _check_tar(tars[name], manifest.parsed_recipe())
-    report = RepairReport(url)
+    recipe, report = manifest.parsed_recipe(), RepairReport(url)
+    same = {name: _is_same(store, tars[name], recipe) for name in names}
     for name in names:
         for column in reversed(manifest.columns()):  # the keys, which say whose the others are, last
-            report.removed += _removed(store, f"{name}/{column}")
-    report.run = asdict(driver.run(patterns, url, manifest.parsed_recipe(), options))
-    report.left = _left(store, report)
+            # Imported captions can't be computed. They stay where the images are those that they were written for.
+            if not (same[name] and column.part == "caption" and column.set in recipe.texts):
+                report.removed += _removed(store, f"{name}/{column}")
+    report.run = asdict(driver.run(patterns, url, recipe, options))
+    _look_again(store, report)
     return report
 
 
-def _left(store: Store, report: RepairReport) -> list[str]:
+def _look_again(store: Store, report: RepairReport) -> None:
+    """Note what is not there at the end."""
     paths = dict.fromkeys(path for path in report.missing + report.removed if not path.endswith(METADATA))
-    return [path for path in paths if not store.has(*path.split("/", 1))]
+    report.left = [path for path in paths if not store.has(*path.split("/", 1))]
+    captions = {path: Column.at(path.partition("/")[2]) for path in report.left}
+    texts = store.promised().parsed_recipe().texts
+    report.imported = [path for path, column in captions.items() if column.part == "caption" and column.set in texts]
 
 
-def _check_tar(shard: Shard, recipe: Recipe) -> None:
+def _is_same(store: Store, shard: Shard, recipe: Recipe) -> bool:
+    """Whether a tar has the keys and good images that the store has of it. Raises ConfigError where it cannot be read,
+    or has no good sample."""
+    keys, digests, good = [], [], 0
     try:
-        good = sum(sample.status == Status.GOOD for sample in shards.read(shard, recipe.caption_files))
+        for sample in shards.read(shard, recipe.caption_files):
+            keys.append(sample.key)
+            digests.append(shards.image_digest(sample.image))
+            good += sample.status == Status.GOOD
     except ShardError as error:
         raise ConfigError(f"nothing was removed: {error}") from None
     if not good:
         raise ConfigError(f"nothing was removed: {shard.url} has no good sample; give the tar that is to replace it")
+    if not all(store.has(shard.name, column) for column in (KEY, DIGEST)):
+        return False
+    try:
+        stored = store.read(shard.name, DIGEST)
+        return store.read(shard.name, KEY).tolist() == keys and all(
+            has in (0, found) for has, found in zip(stored.tolist(), digests, strict=True)
+        )
+    except StoreError:  # damaged
+        return False
 
 
 def _removed(store: Store, path: str) -> list[str]:

@@ -1,9 +1,12 @@
 """A part of a picture as a square: bicubic, as Pillow computes it; with numba the same pixels in less time."""
 
+import logging
 from functools import cache
 
 import numpy as np
 from PIL import Image
+
+log = logging.getLogger(__name__)
 
 Picture = Image.Image | np.ndarray
 
@@ -39,10 +42,26 @@ def by_pillow(picture: Image.Image, box: tuple[int, int, int, int], side: int) -
 
 @cache
 def has_numba() -> bool:
-    """Loads it: not for a process that makes no views."""
+    """Whether numba makes views. Loads it and what it has compiled: not for a process that makes no views.
+
+    Its files on the disk may be half written, after a power cut or on a full disk. Then Pillow makes the same views,
+    in more time.
+    """
     try:
-        from reinforce.data import bicubic, operations  # noqa: F401
+        from reinforce.data import bicubic, operations
     except ImportError:
+        return False
+    whole = _words(Image.new("RGB", (2, 2)))
+    try:
+        for words in (whole, whole[:, :1]):  # numba compiles for lines that follow each other, and for others
+            operations.operate(bicubic.resize(words, 1), np.zeros(0, np.int64), np.zeros((0, operations.MOST_NUMBERS)))
+    except Exception as error:  # of files that are not whole, pickle raises nearly anything
+        folder = operations.operate.stats.cache_path  # type: ignore[attr-defined]
+        log.warning(
+            "numba cannot read or write what it has compiled in %s (%s: %s), so views take twice the time; delete that "
+            "folder, or name another in NUMBA_CACHE_DIR",
+            *(folder, type(error).__name__, error),
+        )
         return False
     return True
 
