@@ -1,9 +1,9 @@
 """Views of an image: parameters drawn once, and the pixels they stand for, the same on any machine.
 
 A view is a RandomResizedCrop and then RandAugment (Cubuk et al. 2020, arXiv 1909.13719), pixel for pixel as torchvision
-makes them of PIL images: bicubic resizing, then operations with nearest interpolation and black fill. But a translation
-is a share of the view's side, where torchvision has pixels: so parameters drawn for one size of view show the same
-scene at every other.
+makes them of PIL images: bicubic resizing, then operations with nearest interpolation and black fill. But the width is
+resized first, whatever Pillow's version (data/resize.py). And a translation is a share of the view's side, where
+torchvision has pixels: so parameters drawn for one size of view show the same scene at every other.
 """
 
 import hashlib
