@@ -241,8 +241,17 @@ def test_teachers_and_text_sets_can_be_chosen(reinforced: Reinforced) -> None:
         with pytest.raises(reinforce.ConfigError, match=told):
             dataset(reinforced, **wrong)
     assert dataset(reinforced, image_px=(24, 24)).image_px == 24
-    with pytest.raises(reinforce.ConfigError, match="views are square"):
-        dataset(reinforced, image_px=(24, 32))
+    for setting, value, told in [
+        ("image_px", (24, 32), "views are square"),
+        ("image_px", 0, "at least one pixel"),
+        ("std", (0, 0.5, 0.5), "no std of 0"),
+        ("mean", (0.5,), "three numbers each"),
+        ("batch_size", 0, "batch_size 0: give 2 or more"),
+        ("batch_size", 5000, "fewer than one batch of 5000"),
+    ]:
+        with pytest.raises(reinforce.ConfigError, match=told) as refused:
+            dataset(reinforced, **{setting: value})
+        assert "--set" not in str(refused.value)
     with pytest.raises(reinforce.ConfigError, match="streams 4 has to be a multiple of the 3 ranks"):
         dataset(reinforced, rank=0, world_size=3)
     with pytest.raises(reinforce.ConfigError, match="no teacher 'vti'; it has vit, conv"):

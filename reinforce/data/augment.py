@@ -151,6 +151,8 @@ def replay(image: Picture, params: np.ndarray, size: tuple[int, int], view_px: i
     `size` is (height, width) in pixels of the image they were drawn for. Raises ReplayError if `image` is not RGB of
     this size, or if `params` are no view of such an image.
     """
+    if view_px < 1:
+        raise ReplayError(f"view_px {view_px}: a view has at least one pixel")
     mode, height, width = mode_and_size(image)
     if mode != "RGB" or (height, width) != tuple(size):
         raise ReplayError(

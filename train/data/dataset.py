@@ -85,6 +85,8 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
         self.world_size = world_size if world_size is not None else dist.get_world_size() if is_distributed else 1
         if streams % self.world_size:
             raise ConfigError(f"streams {streams} has to be a multiple of the {self.world_size} ranks")
+        if batch_size < 2:
+            raise ConfigError(f"batch_size {batch_size}: give 2 or more")
         asked = {
             "shards": shards,
             "store": fspath(store),
@@ -112,6 +114,10 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
         if len(sides) != 1:
             raise ConfigError(f"image_px {image_px}: views are square; give one number of pixels")
         (self.image_px,) = sides
+        if self.image_px < 1:
+            raise ConfigError(f"image_px {self.image_px}: a view has at least one pixel")
+        if len(mean) != 3 or len(std) != 3 or not all(math.isfinite(m) for m in mean) or not all(s > 0 for s in std):
+            raise ConfigError(f"mean {mean} and std {std}: give three numbers each, from 0 to 1, and no std of 0")
         self.logit_scales = {name: facts.logit_scale for name, facts in self._source.teachers.items()}
         self._normalise = Normaliser({"mean": list(mean), "std": list(std)})
         self._epoch = torch.zeros((), dtype=torch.int64)
