@@ -114,7 +114,13 @@ def begun(asked: AdaptConfig, out: Path, folder: Path) -> subprocess.Popen[str]:
 def test_what_a_run_leaves_beside_the_prompts(asked: AdaptConfig, tmp_path: Path) -> None:
     report = adapt(asked.but(log_every_n_steps=1), tmp_path / "p.safetensors")
     run = tmp_path / "p"
-    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+    }
     *steps, scores = curve(run)
     assert [line["step"] for line in steps] == list(range(1, 17))  # 8 epochs of a batch of 4 and one of 2
     assert steps[-1] == {"step": 16} | report["metrics"]

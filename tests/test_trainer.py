@@ -427,3 +427,20 @@ def test_ranks_and_pieces_that_do_not_divide(reinforced: Reinforced, tmp_path: P
     with pytest.raises(ConfigError, match="cannot share the work evenly"):
         fit(config(reinforced, accum_freq=3), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_trainings_do_not_share_a_folder(reinforced: Reinforced, tmp_path: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from train.loop import _alone\n"
+        "with _alone(Path(sys.argv[1])):\n"
+        "    print('there', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout and other.stdout.readline() == b"there\n"
+        with pytest.raises(ConfigError, match=f"another process trains into {tmp_path}"):
+            fit(config(reinforced, steps=1), tmp_path)
+        other.kill()
+    assert fit(config(reinforced, steps=1), tmp_path)["steps"] == 1

@@ -4,6 +4,7 @@ A metric of a step is a number with a name. What `backward` gives goes into the 
 the report; logs.py decides what the bar shows beside the count. A GPU is waited for once a step, for all metrics.
 """
 
+import fcntl
 import json
 import math
 import shutil
@@ -11,8 +12,8 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -113,17 +114,17 @@ class Training(ABC, Generic[P]):
     def run(self, step: int) -> Ended:
         """From step `step` to the last. Asked to stop by SIGINT or SIGTERM, it saves and raises KeyboardInterrupt.
 
-        Raises Diverged where a loss is NaN or infinite.
+        Raises Diverged where a loss is NaN or infinite, ConfigError where another process trains into the same folder.
         """
         try:
-            return self._run(step)
+            with _alone(self.out) if self.ranks.is_first else nullcontext():
+                return self._run(step)
         except OSError as error:
             error.filename = error.filename or str(self.out)  # a full disk does not say which it is
             raise
 
     def _run(self, step: int) -> Ended:
         if self.ranks.is_first:
-            self.out.mkdir(parents=True, exist_ok=True)
             saved = {"config": self.config.model_dump(mode="json"), "commit": _commit(), "software": _software()}
             (self.out / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
             say(
@@ -247,6 +248,21 @@ def check_folder(out: Path) -> None:
         raise ConfigError(
             f"{out} holds other things, such as {held[0]}, and no training; give another --out, or an empty folder"
         )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Make the folder of a training, and keep others out as long as this process is in it. Raises ConfigError where one
+    is there already. The lock ends with the process, however that ends, and its loader's processes do not hold it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"another process trains into {out}; wait for its end, or give another --out") from None
+        except OSError:
+            pass  # a file system without locks keeps nobody out
+        yield
 
 
 def say_ended(out: Path) -> None:
