@@ -24,10 +24,10 @@ from reinforce.models import tensorfile
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
-from train import students
+from train import checkpoint, students
 from train.config import TrainConfig
 from train.loop import check_folder
-from train.trainer import fit, lr_at
+from train.trainer import _Fit, fit, lr_at
 
 WEIGHTS = "student/open_clip_model.safetensors"
 
@@ -310,6 +310,24 @@ def test_a_loss_that_is_nan_stops_with_its_samples(reinforced: Reinforced, tmp_p
     assert not list((tmp_path / "checkpoints").glob("*"))
     with pytest.raises(Diverged, match=f"{told}; the newest checkpoint is from before$"):
         fit(config(reinforced, lr=1e30, warmup=0, grad_clip_norm=None, save_every_n_steps=1), tmp_path)
+
+
+def test_a_weight_that_is_infinite_is_not_saved(
+    reinforced: Reinforced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the last step, after which no loss would tell; nor is it kept where a checkpoint has it already."""
+    asked = config(reinforced, steps=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(_Fit, "after_step", lambda self: self.model.lasting.logit_scale.data.fill_(torch.inf))
+        told = "^step 0: it made model.logit_scale NaN or infinite; nothing of it was saved. Lower lr or lengthen"
+        with pytest.raises(Diverged, match=told):
+            fit(asked, tmp_path / "run")
+        assert not (tmp_path / "run/student").exists() and not (tmp_path / "run/checkpoints").exists()
+        broken.setattr(checkpoint, "not_finite", lambda *_: None)
+        fit(asked, tmp_path / "run")
+    (tmp_path / "run/report.json").unlink()
+    with pytest.raises(Corrupt, match="logit_scale is NaN or infinite; remove it to go on from the one before"):
+        fit(asked, tmp_path / "run")
 
 
 @pytest.mark.parametrize("fault", ["of a step", "of an image", "of a shard"])

@@ -113,7 +113,7 @@ class Training(ABC, Generic[P]):
     def run(self, step: int) -> Ended:
         """From step `step` to the last. Asked to stop by SIGINT or SIGTERM, it saves and raises KeyboardInterrupt.
 
-        Raises Diverged where a loss is NaN or infinite.
+        Raises Diverged where a loss, or a weight that would be saved, is NaN or infinite.
         """
         try:
             return self._run(step)
@@ -212,9 +212,12 @@ class Training(ABC, Generic[P]):
         bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
         raise Diverged(
             f"step {step}: {bad}; its {len(keys)} samples, from {keys[0]} to {keys[-1]}, are listed in {path}. "
-            f"No weight was changed by it. {self.remedy}"
-            + ("; the newest checkpoint is from before" if checkpoint.latest(self.out / "checkpoints") else "")
+            f"No weight was changed by it. {self._advice()}"
         )
+
+    def _advice(self) -> str:
+        held = checkpoint.latest(self.out / "checkpoints")
+        return self.remedy + ("; the newest checkpoint is from before" if held else "")
 
     def _evaluate(self, step: int, journal: Journal) -> dict[str, Metrics]:
         """Of the averaged weights, where there are such. The first rank's work."""
@@ -228,6 +231,9 @@ class Training(ABC, Generic[P]):
         return evaluated
 
     def _save(self, step: int) -> None:
+        """Raises Diverged where a weight is NaN or infinite, which the loss before the update could not tell."""
+        if bad := checkpoint.not_finite(self.model, self.average):
+            raise Diverged(f"step {step - 1}: it made {bad} NaN or infinite; nothing of it was saved. {self._advice()}")
         if self.ranks.is_first:
             state = (self.model, self.optimizer, self.average)
             checkpoint.save(self.out / "checkpoints", step, self.config, self.fingerprint, *state)
