@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, CaptionLines, Config, ViewSet
 from reinforce.recipes import load
@@ -11,7 +11,13 @@ from reinforce.recipes import load
 Reporter = Literal["tensorboard", "wandb"]
 
 
-class ComkdConfig(Config):
+class _Finite(Config):
+    """Settings whose numbers are finite: with one that is not, a training would fail far from its cause."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class ComkdConfig(_Finite):
     """Stage 2 of ComKD-CLIP (train/comkd): a student's image encoder learns its teacher's way with some classes."""
 
     class_set: str = Field(description="the store's class texts to learn with")
@@ -42,7 +48,7 @@ class ComkdConfig(Config):
         return self
 
 
-class DataConfig(Config):
+class DataConfig(_Finite):
     """One of several parts that a training learns from."""
 
     shards: Address = Field(description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
@@ -52,7 +58,7 @@ class DataConfig(Config):
     )
 
 
-class LoopConfig(Config):
+class LoopConfig(_Finite):
     """What the loop of any training asks for (train/loop.py)."""
 
     eval_every_n_steps: int | None = Field(
