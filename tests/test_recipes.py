@@ -177,6 +177,17 @@ def test_what_is_no_recipe_gets_a_sentence_that_says_so(tmp_path: Path, monkeypa
         load_adaptation("sample")
 
 
+def test_a_name_can_be_added_to_settings_that_go_by_name() -> None:
+    assert load_training(None, ["dist_logit_scale.vit=30", "eval_sets.own=x.tar"]).dist_logit_scale == {"vit": 30}
+    for override, told in [
+        ("dist_logit_scale.vit=0", "dist_logit_scale.vit: Input should be greater than 0"),
+        ("dist_logit_scale.vit=NaN", "dist_logit_scale.vit: Input should be"),
+        ("fresh_views.vit=1", "no key 'vit'"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            load_training(None, [override])
+
+
 def test_broken_json_of_an_override_is_called_so() -> None:
     for override in ('teachers.x={"model": ', "teachers.x={model: ViT-B-32}", "view_sets.base.scale=[0.1,"):
         with pytest.raises(ConfigError, match=re.escape(f"--set {override}: this is broken JSON (")):

@@ -1,7 +1,7 @@
 """Every setting of the trainer on one page. Where open_clip's trainer has the same setting, it has the same name."""
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -113,7 +113,9 @@ class TrainConfig(LoopConfig):
         description="each teacher's distance over the spread of its features, so that those whose features lie close "
         "together count as much",
     )
-    dist_logit_scale: dict[str, float] = Field({}, description="by teacher: a logit scale to use in place of its own")
+    dist_logit_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="by teacher: a logit scale to use in place of its own"
+    )
 
     comkd: ComkdConfig | None = Field(None, description="learn as ComKD-CLIP does, from one teacher, without captions")
 
