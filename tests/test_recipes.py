@@ -115,6 +115,7 @@ def test_a_recipe_may_take_that_of_another(tmp_path: Path) -> None:
         ("TRAINING = {'wd': float('inf')}", "wd: Input should be a finite number"),
         ("TRAINING = {'comkd': {'class_set': 'x', 'kl': float('inf')}}", "comkd.kl: Input should be a finite number"),
         ("TRAINING = {'data': [{'shards': 'x', 'weight': float('inf')}]}", "weight: Input should be a finite number"),
+        ("TRAINING = {'seed': 2**63}", "seed: Input should be less than or equal to 9223372036854775807"),
         ("TRAINING = ['steps']", "valid dictionary"),
         ("RECIPE = 1", "mine.py has no TRAINING"),
     ],

@@ -433,6 +433,10 @@ def test_a_checkpoint_from_before_there_was_a_setting(reinforced: Reinforced, tm
     assert fit(config(reinforced), tmp_path)["metrics"] == whole["metrics"]
 
 
+def test_the_largest_seed_is_taken(reinforced: Reinforced, tmp_path: Path) -> None:
+    assert fit(config(reinforced, steps=1, warmup=0, accum_freq=2, seed=2**63 - 1), tmp_path)["steps"] == 1
+
+
 def test_only_the_newest_checkpoints_are_kept(reinforced: Reinforced, tmp_path: Path) -> None:
     fit(config(reinforced, save_every_n_steps=2), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, CaptionLines, Config, ViewSet
 from reinforce.recipes import load
 
+LARGEST_SEED = 2**63 - 1  # torch takes no more than twice that
 Reporter = Literal["tensorboard", "wandb"]
 
 
@@ -140,7 +141,7 @@ class TrainConfig(LoopConfig):
         lt=1,
         description="decay of the moving average of weights, which is evaluated and kept; 0: no average",
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
 
     # How it is computed.
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"

@@ -126,7 +126,7 @@ class _Fit(Training[Batch]):
         self.model.train()
         pieces = [piece.map(lambda x: x.to(self.ranks.device, non_blocking=True)) for piece in pieces]
         seed = ((self.config.seed * 1_000_003 + step) * self.ranks.world_size + self.ranks.rank) * len(pieces)
-        metrics = backward(self.module, pieces, self.model.loss, seed)
+        metrics = backward(self.module, pieces, self.model.loss, seed % 2**63)  # torch takes seeds below 2**64
         return metrics | {"logit_scale": self.student.model.logit_scale.detach().exp()}
 
     @torch.no_grad()
