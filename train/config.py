@@ -55,7 +55,10 @@ class DataConfig(_Finite):
     shards: Address = Field(description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
     store: Address | None = Field(None, description="what teachers know of these shards; none: captions alone")
     weight: float = Field(
-        1.0, gt=0, description="how often an epoch goes through them, as open_clip's train_data_upsampling_factors"
+        1.0,
+        gt=0,
+        le=1_000_000,  # an epoch lists each pass
+        description="how often an epoch goes through them, as open_clip's train_data_upsampling_factors",
     )
 
 
