@@ -382,6 +382,17 @@ def test_how_it_is_computed_changes_rounding_only(
         assert other == pytest.approx(plain, abs=tolerance)
 
 
+def test_a_student_that_is_gone_is_written_again(
+    reinforced: Reinforced, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = config(reinforced, ema_decay=0.5, steps=1, warmup=0)
+    report = fit(asked, tmp_path / "run")
+    shutil.move(tmp_path / "run/student", tmp_path / "before/student")
+    assert fit(asked, tmp_path / "run") == report
+    assert tiny.tree(tmp_path / "run/student") == tiny.tree(tmp_path / "before/student")
+    assert "run/student was gone, and is written again from the last checkpoint" in capsys.readouterr().err
+
+
 def test_the_schedule() -> None:
     asked = TrainConfig(lr=1.0, min_lr=0.1, warmup=10)
     assert [lr_at(step, 110, asked) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]

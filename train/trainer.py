@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Train a student into `out`: `config.json`, `metrics.jsonl`, `checkpoints/`, `student/` (an open_clip folder) and
     `report.json`, which is returned. Called again it goes on where it stopped, or finds that all is done; sets that it
-    was not evaluated on before are then evaluated.
+    was not evaluated on before are then evaluated, and a `student/` that is gone is written again.
 
     Raises ConfigError and StoreError before any work, Diverged where a loss is NaN or infinite.
     """
@@ -157,8 +157,7 @@ class _Fit(Training[Batch]):
             "evaluated": ended.evaluated,
         }
         if self.ranks.is_first:
-            with self.averaged():
-                self.model.save(self.out / "student")
+            self._keep()
             self._write(report)
         return report
 
@@ -166,6 +165,9 @@ class _Fit(Training[Batch]):
         """The report of a training that had come to its end before, with the sets that are new to it."""
         if self.ranks.is_first:
             say_ended(self.out)
+            if not (self.out / "student").exists():
+                say(f"{self.out}/student was gone, and is written again from the last checkpoint", file=sys.stderr)
+                self._keep()
         # Reports written before there was `eval_sets` name their sets, and not where these lie.
         known = report.setdefault("eval_sets", {n: self._addresses.get(n) for n in report["evaluated"]})
         new = {name: url for name, url in self._addresses.items() if known.get(name) != url}
@@ -175,6 +177,10 @@ class _Fit(Training[Batch]):
             known |= new
             self._write(report)
         return report
+
+    def _keep(self) -> None:
+        with self.averaged():
+            self.model.save(self.out / "student")
 
     @property
     def _addresses(self) -> dict[str, str]:
