@@ -382,6 +382,14 @@ def test_how_it_is_computed_changes_rounding_only(
         assert other == pytest.approx(plain, abs=tolerance)
 
 
+def test_a_warm_up_that_is_too_long_is_told(
+    reinforced: Reinforced, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for warmup, told in ((1, False), (2, True)):
+        report = fit(config(reinforced, steps=1, warmup=warmup), tmp_path / str(warmup))
+        assert ("the learning rate never reaches lr" in caplog.text) == (report["metrics"]["lr"] < 1e-3) == told
+
+
 def test_a_student_that_is_gone_is_written_again(
     reinforced: Reinforced, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,7 +99,7 @@ class _Fit(Training[Batch]):
             ranks.world_size,
         )
         self.num_steps = config.steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
-        if warmup_steps(self.num_steps, config) >= self.num_steps:
+        if warmup_steps(self.num_steps, config) > self.num_steps:  # of as many steps, the last has lr
             log.warning(
                 "warm-up takes %d steps and the training %d: the learning rate never reaches lr; --set warmup=%d",
                 *(config.warmup, self.num_steps, self.num_steps // 10),
