@@ -15,11 +15,11 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
 
-from reinforce.config import NAMED, Config, Recipe, near, parse, sentences
+from reinforce.config import Config, Recipe, near, parse, sentences
 from reinforce.errors import ConfigError
 
 FOLDER = Path(__file__).parent.parent / "pipelines"
@@ -44,8 +44,9 @@ def load(kind: type[T], constant: str, name: str | None, overrides: list[str] = 
 def overridden(settings: T, overrides: list[str], where: str) -> T:
     """The settings with `dotted.key=value` overrides. Raises ConfigError, which says `where` they are from."""
     tree = settings.model_dump()
+    named = [name for name, field in type(settings).model_fields.items() if get_origin(field.annotation) is dict]
     for override in overrides:
-        _override(tree, override)
+        _override(tree, override, named)
     return parse(type(settings), tree, where)
 
 
@@ -144,7 +145,8 @@ def _line(error: BaseException, path: Path) -> str:
     return f", line {number}" if number else ""
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _override(tree: dict[str, Any], override: str, named: list[str]) -> None:
+    """`named`: settings whose keys are names, such as a teacher's, so that one which is not there yet can be added."""
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"--set {override}: write it as dotted.key=value")
@@ -162,6 +164,6 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict) or step not in node:
             raise ConfigError(f"--set {override}: no key '{step}'{near(step, node)}")
         node = node[step]
-    if not isinstance(node, dict) or (last not in node and path not in [[name] for name in NAMED]):
+    if not isinstance(node, dict) or (last not in node and path not in [[name] for name in named]):
         raise ConfigError(f"--set {override}: no key '{last}'{near(last, node)}")
     node[last] = value

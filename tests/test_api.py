@@ -50,6 +50,11 @@ def test_every_name_of_the_api_is_there() -> None:
         train.fti  # noqa: B018
 
 
+def test_a_student_is_loaded_as_the_page_says() -> None:
+    done = program("import train; print(train.trained.load('vit_tiny').name)")
+    assert done.stdout.strip() == "vit_tiny", done.stderr
+
+
 # -- the page --------------------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,10 @@ def test_the_command(parts: list[dict[str, object]], tmp_path: Path) -> None:
         (["fit", "--data", "a.tar"], "write data as SHARDS::STORE"),
         (["fit", "--data", "a.tar::b.tar"], "write data as SHARDS::STORE"),
         (["fit", "--data", "a.tar::s", "--weight", "1", "--weight", "2"], "2 --weight for 1 --data"),
+        (["fit", "--shards", "a.tar", "--weight", "2"], "1 --weight for 0 --data"),
+        (["fit", "--data", "a.tar::s", "--weight", "inf"], "data.0.weight: Input should be a finite number"),
+        (["fit", "--data", "a.tar::s", "--weight", "1e30"], "data.0.weight: Input should be less than or equal to 10"),
+        (["fit", "--data", "a.tar::s", "--weight", "-1"], "data.0.weight: Input should be greater than 0"),
         (["fit"], "no shards"),
     ):
         failed = CliRunner().invoke(app, wrong)

@@ -111,6 +111,11 @@ def test_a_recipe_may_take_that_of_another(tmp_path: Path) -> None:
         ("TRAINING = {'studnet': 'vit_tiny', 'lr': 1e-3}", "studnet: unknown key; did you mean student"),
         ("TRAINING = {'comkd': {'class_sett': 'x'}}", "comkd.class_sett: unknown key; did you mean class_set"),
         ("TRAINING = {'steps': 0}", "steps: Input should be greater than or equal to 1"),
+        ("TRAINING = {'lr': float('inf')}", "lr: Input should be a finite number"),
+        ("TRAINING = {'wd': float('inf')}", "wd: Input should be a finite number"),
+        ("TRAINING = {'comkd': {'class_set': 'x', 'kl': float('inf')}}", "comkd.kl: Input should be a finite number"),
+        ("TRAINING = {'data': [{'shards': 'x', 'weight': float('inf')}]}", "weight: Input should be a finite number"),
+        ("TRAINING = {'seed': 2**63}", "seed: Input should be less than or equal to 9223372036854775807"),
         ("TRAINING = ['steps']", "valid dictionary"),
         ("RECIPE = 1", "mine.py has no TRAINING"),
     ],
@@ -171,6 +176,17 @@ def test_what_is_no_recipe_gets_a_sentence_that_says_so(tmp_path: Path, monkeypa
             load_recipe(name)
     with pytest.raises(ConfigError, match="^recipe sample has no ADAPTATION; .*\n  comkd "):
         load_adaptation("sample")
+
+
+def test_a_name_can_be_added_to_settings_that_go_by_name() -> None:
+    assert load_training(None, ["dist_logit_scale.vit=30", "eval_sets.own=x.tar"]).dist_logit_scale == {"vit": 30}
+    for override, told in [
+        ("dist_logit_scale.vit=0", "dist_logit_scale.vit: Input should be greater than 0"),
+        ("dist_logit_scale.vit=NaN", "dist_logit_scale.vit: Input should be"),
+        ("fresh_views.vit=1", "no key 'vit'"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            load_training(None, [override])
 
 
 def test_broken_json_of_an_override_is_called_so() -> None:

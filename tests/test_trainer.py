@@ -24,10 +24,10 @@ from reinforce.models import tensorfile
 from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
-from train import students
+from train import checkpoint, students
 from train.config import TrainConfig
-from train.loop import check_folder
-from train.trainer import fit, lr_at
+from train.folder import check_folder
+from train.trainer import _Fit, fit, lr_at
 
 WEIGHTS = "student/open_clip_model.safetensors"
 
@@ -312,6 +312,24 @@ def test_a_loss_that_is_nan_stops_with_its_samples(reinforced: Reinforced, tmp_p
         fit(config(reinforced, lr=1e30, warmup=0, grad_clip_norm=None, save_every_n_steps=1), tmp_path)
 
 
+def test_a_weight_that_is_infinite_is_not_saved(
+    reinforced: Reinforced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the last step, after which no loss would tell; nor is it kept where a checkpoint has it already."""
+    asked = config(reinforced, steps=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(_Fit, "after_step", lambda self: self.model.lasting.logit_scale.data.fill_(torch.inf))
+        told = "^step 0: it made model.logit_scale NaN or infinite; nothing of it was saved. Lower lr or lengthen"
+        with pytest.raises(Diverged, match=told):
+            fit(asked, tmp_path / "run")
+        assert not (tmp_path / "run/student").exists() and not (tmp_path / "run/checkpoints").exists()
+        broken.setattr(checkpoint, "not_finite", lambda *_: None)
+        fit(asked, tmp_path / "run")
+    (tmp_path / "run/report.json").unlink()
+    with pytest.raises(Corrupt, match="logit_scale is NaN or infinite; remove it to go on from the one before"):
+        fit(asked, tmp_path / "run")
+
+
 @pytest.mark.parametrize("fault", ["of a step", "of an image", "of a shard"])
 def test_an_error_leaves_no_worker_behind(reinforced: Reinforced, tmp_path: Path, fault: str) -> None:
     """Not even while somebody holds it: Python waits at its exit for those that are left, and they ignore signals."""
@@ -362,6 +380,25 @@ def test_how_it_is_computed_changes_rounding_only(
     fit(config(reinforced, **changes), tmp_path / "other")
     for (_, plain), (_, other) in zip(curve(tmp_path / "plain"), curve(tmp_path / "other"), strict=True):
         assert other == pytest.approx(plain, abs=tolerance)
+
+
+def test_a_warm_up_that_is_too_long_is_told(
+    reinforced: Reinforced, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for warmup, told in ((1, False), (2, True)):
+        report = fit(config(reinforced, steps=1, warmup=warmup), tmp_path / str(warmup))
+        assert ("the learning rate never reaches lr" in caplog.text) == (report["metrics"]["lr"] < 1e-3) == told
+
+
+def test_a_student_that_is_gone_is_written_again(
+    reinforced: Reinforced, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = config(reinforced, ema_decay=0.5, steps=1, warmup=0)
+    report = fit(asked, tmp_path / "run")
+    shutil.move(tmp_path / "run/student", tmp_path / "before/student")
+    assert fit(asked, tmp_path / "run") == report
+    assert tiny.tree(tmp_path / "run/student") == tiny.tree(tmp_path / "before/student")
+    assert "run/student was gone, and is written again from the last checkpoint" in capsys.readouterr().err
 
 
 def test_the_schedule() -> None:
@@ -415,6 +452,10 @@ def test_a_checkpoint_from_before_there_was_a_setting(reinforced: Reinforced, tm
     assert fit(config(reinforced), tmp_path)["metrics"] == whole["metrics"]
 
 
+def test_the_largest_seed_is_taken(reinforced: Reinforced, tmp_path: Path) -> None:
+    assert fit(config(reinforced, steps=1, warmup=0, accum_freq=2, seed=2**63 - 1), tmp_path)["steps"] == 1
+
+
 def test_only_the_newest_checkpoints_are_kept(reinforced: Reinforced, tmp_path: Path) -> None:
     fit(config(reinforced, save_every_n_steps=2), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -433,8 +474,8 @@ def test_two_trainings_do_not_share_a_folder(reinforced: Reinforced, tmp_path: P
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from train.loop import _alone\n"
-        "with _alone(Path(sys.argv[1])):\n"
+        "from train.folder import alone\n"
+        "with alone(Path(sys.argv[1])):\n"
         "    print('there', flush=True)\n"
         "    time.sleep(60)\n"
     )

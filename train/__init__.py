@@ -49,4 +49,8 @@ def __getattr__(name: str) -> Any:
         from train.data import dataset
 
         return getattr(dataset, name)
+    if name == "trained":
+        import train.trained as trained  # `from train import` would ask here again
+
+        return trained
     raise AttributeError(f"module 'train' has no attribute '{name}'")

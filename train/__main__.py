@@ -93,7 +93,7 @@ def fit(
     with errors_as_sentences():
         config = load_training(recipe, set_)
         asked: dict[str, Any] = {"shards": shards or "", "store": store}
-        asked |= {"data": _data(data, weight)} if data else {}
+        asked |= {"data": _data(data, weight)} if data or weight else {}
         asked |= {"student": student} if student else {}
         asked |= {"eval_sets": eval_sets(eval_)} if eval_ else {}
         config = parse(TrainConfig, config.model_dump() | asked, "the request")

@@ -5,6 +5,7 @@ Names in the file: `model/NAME`, `average/NAME`, and SLOT/NAME for what the opti
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def load(
 ) -> int:
     """Put a checkpoint into model, optimiser and average; gives the step to go on with.
 
-    Raises ConfigError where it belongs to another training, Corrupt where it cannot be read.
+    Raises ConfigError where it belongs to another training, Corrupt where it cannot be read or has diverged.
     """
     step, parts = _read(path, config, data)
     model.load_state_dict(parts.pop("model"))
@@ -66,7 +67,15 @@ def load(
     state = {i: slots for i, slots in slots_of.items() if slots}
     # It puts each tensor where the optimiser wants it: AdamW's step stays on the CPU, the rest goes to the weights.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if bad := not_finite(model, average):  # written before this was checked
+        raise Corrupt(f"checkpoint {path}: {bad} is NaN or infinite; remove it to go on from the one before")
     return step
+
+
+def not_finite(model: nn.Module, average: Average | None) -> str | None:
+    """The first weight, of the model or its average, that is NaN or infinite; None where all are finite."""
+    tensors = chain(model.state_dict().items(), average.tensors.items() if average else ())
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
 
 
 def differences(saved: dict[str, Any], config: LoopConfig, where: Path) -> list[str]:

@@ -1,17 +1,24 @@
 """Every setting of the trainer on one page. Where open_clip's trainer has the same setting, it has the same name."""
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, CaptionLines, Config, ViewSet
 from reinforce.recipes import load
 
+LARGEST_SEED = 2**63 - 1  # torch takes no more than twice that
 Reporter = Literal["tensorboard", "wandb"]
 
 
-class ComkdConfig(Config):
+class _Finite(Config):
+    """Settings whose numbers are finite: with one that is not, a training would fail far from its cause."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class ComkdConfig(_Finite):
     """Stage 2 of ComKD-CLIP (train/comkd): a student's image encoder learns its teacher's way with some classes."""
 
     class_set: str = Field(description="the store's class texts to learn with")
@@ -42,17 +49,20 @@ class ComkdConfig(Config):
         return self
 
 
-class DataConfig(Config):
+class DataConfig(_Finite):
     """One of several parts that a training learns from."""
 
     shards: Address = Field(description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
     store: Address | None = Field(None, description="what teachers know of these shards; none: captions alone")
     weight: float = Field(
-        1.0, gt=0, description="how often an epoch goes through them, as open_clip's train_data_upsampling_factors"
+        1.0,
+        gt=0,
+        le=1_000_000,  # an epoch lists each pass
+        description="how often an epoch goes through them, as open_clip's train_data_upsampling_factors",
     )
 
 
-class LoopConfig(Config):
+class LoopConfig(_Finite):
     """What the loop of any training asks for (train/loop.py)."""
 
     eval_every_n_steps: int | None = Field(
@@ -107,7 +117,9 @@ class TrainConfig(LoopConfig):
         description="each teacher's distance over the spread of its features, so that those whose features lie close "
         "together count as much",
     )
-    dist_logit_scale: dict[str, float] = Field({}, description="by teacher: a logit scale to use in place of its own")
+    dist_logit_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="by teacher: a logit scale to use in place of its own"
+    )
 
     comkd: ComkdConfig | None = Field(None, description="learn as ComKD-CLIP does, from one teacher, without captions")
 
@@ -132,7 +144,7 @@ class TrainConfig(LoopConfig):
         lt=1,
         description="decay of the moving average of weights, which is evaluated and kept; 0: no average",
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
 
     # How it is computed.
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"

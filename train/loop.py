@@ -4,7 +4,6 @@ A metric of a step is a number with a name. What `backward` gives goes into the 
 the report; logs.py decides what the bar shows beside the count. A GPU is waited for once a step, for all metrics.
 """
 
-import fcntl
 import json
 import math
 import shutil
@@ -12,8 +11,8 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reinforce import signals
-from reinforce.errors import ConfigError, Diverged
+from reinforce.errors import Diverged
 from reinforce.lines import say
 from reinforce.terminal import own_version
 from train import checkpoint
@@ -32,11 +31,10 @@ from train.average import Average
 from train.config import LoopConfig
 from train.distributed import Ranks
 from train.evaluation.metrics import Metrics
+from train.folder import alone
 from train.logs import Journal
 
 _SOFTWARE = ("torch", "open_clip_torch", "timm", "numpy", "pillow")
-_OF_A_TRAINING = ("metrics.jsonl", "checkpoints/step_*.safetensors", "diverged_step_*.json", "tensorboard")
-_LOGS = (".txt", ".log", ".out", ".err")
 
 
 class Piece(Protocol):
@@ -114,10 +112,11 @@ class Training(ABC, Generic[P]):
     def run(self, step: int) -> Ended:
         """From step `step` to the last. Asked to stop by SIGINT or SIGTERM, it saves and raises KeyboardInterrupt.
 
-        Raises Diverged where a loss is NaN or infinite, ConfigError where another process trains into the same folder.
+        Raises Diverged where a loss, or a weight that would be saved, is NaN or infinite, ConfigError where another
+        process trains into the same folder.
         """
         try:
-            with _alone(self.out) if self.ranks.is_first else nullcontext():
+            with alone(self.out) if self.ranks.is_first else nullcontext():
                 return self._run(step)
         except OSError as error:
             error.filename = error.filename or str(self.out)  # a full disk does not say which it is
@@ -213,9 +212,12 @@ class Training(ABC, Generic[P]):
         bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
         raise Diverged(
             f"step {step}: {bad}; its {len(keys)} samples, from {keys[0]} to {keys[-1]}, are listed in {path}. "
-            f"No weight was changed by it. {self.remedy}"
-            + ("; the newest checkpoint is from before" if checkpoint.latest(self.out / "checkpoints") else "")
+            f"No weight was changed by it. {self._advice()}"
         )
+
+    def _advice(self) -> str:
+        held = checkpoint.latest(self.out / "checkpoints")
+        return self.remedy + ("; the newest checkpoint is from before" if held else "")
 
     def _evaluate(self, step: int, journal: Journal) -> dict[str, Metrics]:
         """Of the averaged weights, where there are such. The first rank's work."""
@@ -229,56 +231,12 @@ class Training(ABC, Generic[P]):
         return evaluated
 
     def _save(self, step: int) -> None:
+        """Raises Diverged where a weight is NaN or infinite, which the loss before the update could not tell."""
+        if bad := checkpoint.not_finite(self.model, self.average):
+            raise Diverged(f"step {step - 1}: it made {bad} NaN or infinite; nothing of it was saved. {self._advice()}")
         if self.ranks.is_first:
             state = (self.model, self.optimizer, self.average)
             checkpoint.save(self.out / "checkpoints", step, self.config, self.fingerprint, *state)
-
-
-def check_folder(out: Path) -> None:
-    """Raises ConfigError where a training would put its files among those of something else, such as a data set.
-
-    Logs do not count, which a shell or a scheduler keeps of what a command says, nor do empty files: a training that is
-    killed as it begins may leave both.
-    """
-    if out.is_file():
-        raise ConfigError(f"{out} is a file, and a training is a folder; give another --out")
-    paths = [path for path in out.iterdir() if path.suffix not in _LOGS] if out.is_dir() else []
-    held = sorted(path.name for path in paths if path.is_dir() or path.lstat().st_size)
-    if held and not _is_a_training(out):
-        raise ConfigError(
-            f"{out} holds other things, such as {held[0]}, and no training; give another --out, or an empty folder"
-        )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Make the folder of a training, and keep others out as long as this process is in it. Raises ConfigError where one
-    is there already. The lock ends with the process, however that ends, and its loader's processes do not hold it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ConfigError(f"another process trains into {out}; wait for its end, or give another --out") from None
-        except OSError:
-            pass  # a file system without locks keeps nobody out
-        yield
-
-
-def say_ended(out: Path) -> None:
-    """Of a training that is run again after its end: its report is shown, and is no news."""
-    say(f"{out}: this training came to its end before; for a new one give another --out", file=sys.stderr)
-
-
-def _is_a_training(out: Path) -> bool:
-    """Whether a training has begun in this folder, even if it was killed as it wrote its first file.
-
-    `config.json` is a common name, so that its first words count.
-    """
-    config = out / "config.json"
-    return (config.is_file() and config.read_text(errors="replace").startswith('{\n "config": {')) or any(
-        next(out.glob(pattern), None) for pattern in _OF_A_TRAINING
-    )
 
 
 def _flat(evaluated: dict[str, Metrics]) -> dict[str, Any]:

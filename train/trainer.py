@@ -26,8 +26,9 @@ from train.data.sources import Source
 from train.distributed import Ranks, joined
 from train.evaluation.metrics import Metrics
 from train.evaluation.sets import EvalSet
+from train.folder import check_folder, say_ended
 from train.logs import Journal
-from train.loop import Ended, Training, check_folder, say_ended
+from train.loop import Ended, Training
 from train.objective import ClipTrainee, Trainee, backward
 from train.students import Student, scan
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 def fit(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Train a student into `out`: `config.json`, `metrics.jsonl`, `checkpoints/`, `student/` (an open_clip folder) and
     `report.json`, which is returned. Called again it goes on where it stopped, or finds that all is done; sets that it
-    was not evaluated on before are then evaluated.
+    was not evaluated on before are then evaluated, and a `student/` that is gone is written again.
 
     Raises ConfigError and StoreError before any work, Diverged where a loss is NaN or infinite.
     """
@@ -99,7 +100,7 @@ class _Fit(Training[Batch]):
             ranks.world_size,
         )
         self.num_steps = config.steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
-        if warmup_steps(self.num_steps, config) >= self.num_steps:
+        if warmup_steps(self.num_steps, config) > self.num_steps:  # of as many steps, the last has lr
             log.warning(
                 "warm-up takes %d steps and the training %d: the learning rate never reaches lr; --set warmup=%d",
                 *(config.warmup, self.num_steps, self.num_steps // 10),
@@ -126,7 +127,7 @@ class _Fit(Training[Batch]):
         self.model.train()
         pieces = [piece.map(lambda x: x.to(self.ranks.device, non_blocking=True)) for piece in pieces]
         seed = ((self.config.seed * 1_000_003 + step) * self.ranks.world_size + self.ranks.rank) * len(pieces)
-        metrics = backward(self.module, pieces, self.model.loss, seed)
+        metrics = backward(self.module, pieces, self.model.loss, seed % 2**63)  # torch takes seeds below 2**64
         return metrics | {"logit_scale": self.student.model.logit_scale.detach().exp()}
 
     @torch.no_grad()
@@ -157,8 +158,7 @@ class _Fit(Training[Batch]):
             "evaluated": ended.evaluated,
         }
         if self.ranks.is_first:
-            with self.averaged():
-                self.model.save(self.out / "student")
+            self._keep()
             self._write(report)
         return report
 
@@ -166,6 +166,9 @@ class _Fit(Training[Batch]):
         """The report of a training that had come to its end before, with the sets that are new to it."""
         if self.ranks.is_first:
             say_ended(self.out)
+            if not (self.out / "student").exists():
+                say(f"{self.out}/student was gone, and is written again from the last checkpoint", file=sys.stderr)
+                self._keep()
         # Reports written before there was `eval_sets` name their sets, and not where these lie.
         known = report.setdefault("eval_sets", {n: self._addresses.get(n) for n in report["evaluated"]})
         new = {name: url for name, url in self._addresses.items() if known.get(name) != url}
@@ -175,6 +178,10 @@ class _Fit(Training[Batch]):
             known |= new
             self._write(report)
         return report
+
+    def _keep(self) -> None:
+        with self.averaged():
+            self.model.save(self.out / "student")
 
     @property
     def _addresses(self) -> dict[str, str]:
