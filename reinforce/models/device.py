@@ -12,7 +12,7 @@ from reinforce.errors import ConfigError, DeviceLost
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, whose float32 is float32 from now on. Memory is set for models, too.
+    """`auto` is CUDA where there is one, whose float32 is float32 from now on.
 
     Raises ConfigError if CUDA is asked for and absent.
     """
@@ -24,7 +24,6 @@ def pick_device(name: str) -> torch.device:
     device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
     if device.type == "cuda":
         process.full_float32()
-    process.keep_memory()
     return device
 
 

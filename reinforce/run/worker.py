@@ -39,6 +39,7 @@ class Worker:
         if recipe.embeddings == "bf16-pco":
             arrays.pcodec()
         device = pick_device(options.device)
+        process.keep_memory()
         if device.type == "cpu":
             process.torch_threads(recipe.cpu_threads)
         self.recipe, self.options, self.store = recipe, options, Store(store_url)
