@@ -1,17 +1,18 @@
 """A whole shard, from its tar to committed columns, against its models alone, and against doing it sample by sample.
 
     python -m benchmarks.shard [--images 128] [--serial 12] [--views 10] [--batch 64] [--model samples|ViT-B-32]
-                              [--captioner samples|coca_ViT-B-32]
+                              [--captioner samples|coca_ViT-B-32] [--rounds 7]
 
   whole    the worker: tar, decoding, views, hashes, captions, embeddings, the store
-  bare     the same forward passes and no more: towers on normalised tensors, texts as tokens, captions from ready
-           images
+  bare     the same forward passes on the same tensors and no more: towers on normalised pixels, texts as tokens,
+           captions from ready images
   serial   a plain generator's way: one sample after the other, views by torchvision, for each caption the image encoded
            anew and the whole text run at every step, one gzip file a sample
 
 Recipe: two teachers and a captioner with 5 captions. `samples` are the bundled ones, 64 px; a model of open_clip is
-taken twice, with random weights, of the captioner, too. CPU seconds of all threads for an image; torch has one. The
-parts are measured one after the other; a few images are enough for what is done one by one.
+taken twice, with random weights, of the captioner, too. CPU seconds of all threads for an image; torch has one. Every
+round takes all three in turns, and a ratio is taken within a round; told are medians, of ratios the extremes as well. A
+few images are enough for what is done one by one.
 """
 
 import gzip
@@ -38,6 +39,7 @@ from reinforce.terminal import show
 
 TAR = "samples/train/00000.tar"
 CAPTIONER = "local-dir:samples/models/coca"
+Call = Callable[[], object]
 
 
 def recipe_of(model: str, captioner: str, num_views: int, batch: int) -> Recipe:
@@ -55,16 +57,13 @@ def recipe_of(model: str, captioner: str, num_views: int, batch: int) -> Recipe:
     )
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
+def cpu_seconds(call: Call) -> float:
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
-Call = Callable[[], object]
-
-
-def recorded(worker: Worker, run: Callable[[], object]) -> list[Call]:
+def recorded(worker: Worker, run: Call) -> list[Call]:
     """Every forward pass that `run` asks of the worker's models, to be made again on the same tensors."""
     calls: list[Call] = []
 
@@ -159,12 +158,12 @@ def measured(folder: Path, recipe: Recipe, num: int, num_serial: int, rounds: in
     whole_s, bare_s, serial_s = seconds.T
     told = {"whole_ms": whole_s * 1e3, "bare_ms": bare_s * 1e3, "serial_ms": serial_s * 1e3}
     ratios = {"bare_over_whole": bare_s / whole_s, "serial_over_whole": serial_s / whole_s}
-    lowest = {
+    extremes = {
         f"{name}_{kind}": float(pick(ratio))
         for name, ratio in ratios.items()
         for kind, pick in (("min", np.min), ("max", np.max))
     }
-    return {name: float(np.median(values)) for name, values in (told | ratios).items()} | lowest
+    return {name: float(np.median(values)) for name, values in (told | ratios).items()} | extremes
 
 
 def main(

@@ -235,6 +235,7 @@ def test_ranks_share_an_epoch(reinforced: Reinforced) -> None:
     ranks = [epoch_of(dataset(reinforced, batch_size=4, rank=rank, world_size=2), 2, workers=1) for rank in range(2)]
     assert [a.keys + b.keys for a, b in zip(*ranks, strict=True)] == [batch.keys for batch in whole]
     assert len({key for batch in whole for key in batch.keys}) == 32
+    assert dataset(reinforced, batch_size=1, rank=1, world_size=2, streams=2).batch_size == 1
 
 
 def test_teachers_and_text_sets_can_be_chosen(reinforced: Reinforced) -> None:

@@ -69,3 +69,9 @@ def test_whole_views_with_and_without_numba(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(resize, "has_numba", lambda: False)
     for pair, row, made in zip(pairs, params, with_numba, strict=True):
         np.testing.assert_array_equal(made, augment.replay(picture, row, (90, 70), 32), err_msg=str(pair))
+
+
+def test_parameters_may_be_whole_numbers() -> None:
+    picture, row = Image.fromarray(view(40, "noise", 0)), [5, 3, 30, 31, 5, 9, 13, 0]
+    expected = augment.replay(picture, np.array(row, np.float32), (40, 40), 16)
+    np.testing.assert_array_equal(augment.replay(picture, np.array(row), (40, 40), 16), expected)

@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from reinforce import process
 from reinforce.models.device import pick_device
 
 # The first rank evaluates while the others wait for its gradients. NCCL gives up after 10 minutes unless told.
@@ -40,7 +39,6 @@ class Ranks:
 def joined(device: str) -> Iterator[Ranks]:
     """Join the others where torchrun has started several. `device`: auto, cpu or cuda. Raises ConfigError."""
     kind = pick_device(device).type
-    process.keep_memory()
     rank, world_size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if kind == "cuda":
         torch.cuda.set_device(local)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from reinforce import signals
+from reinforce import process, signals
 from reinforce.errors import Diverged
 from reinforce.lines import say
 from reinforce.terminal import own_version
@@ -115,6 +115,7 @@ class Training(ABC, Generic[P]):
         Raises Diverged where a loss, or a weight that would be saved, is NaN or infinite, ConfigError where another
         process trains into the same folder.
         """
+        process.keep_memory()
         try:
             with alone(self.out) if self.ranks.is_first else nullcontext():
                 return self._run(step)

@@ -23,9 +23,8 @@ from reinforce.store.store import Store
 class RepairReport:
     """`removed` are the damaged columns and objects that were taken out, `missing` what was not there before, `foreign`
     what is no part of the store (still there, unless its removal was asked for), `left` what of all that was missing or
-    taken out is not there now, `imported` the captions among these that no model
-    can write again, `run` what came of computing columns
-    again, None where no shards were given."""
+    taken out is not there now, `imported` the captions among these, which no model can write again, `run` what came of
+    computing columns again, None where no shards were given."""
 
     store: str
     removed: list[str] = field(default_factory=list)
@@ -91,9 +90,10 @@ def _look_again(store: Store, report: RepairReport) -> None:
     """Note what is not there at the end."""
     paths = dict.fromkeys(path for path in report.missing + report.removed if not path.endswith(METADATA))
     report.left = [path for path in paths if not store.has(*path.split("/", 1))]
-    captions = {path: Column.at(path.partition("/")[2]) for path in report.left}
-    texts = store.promised().parsed_recipe().texts
-    report.imported = [path for path, column in captions.items() if column.part == "caption" and column.set in texts]
+    captions = {path: column for path in report.left if (column := Column.at(path.partition("/")[2])).part == "caption"}
+    if captions:
+        texts = store.promised().parsed_recipe().texts
+        report.imported = [path for path, column in captions.items() if column.set in texts]
 
 
 def _is_same(store: Store, shard: Shard, recipe: Recipe) -> bool:

@@ -183,7 +183,7 @@ def _parse(
     params: np.ndarray, size: tuple[int, int], view_px: int
 ) -> tuple[list[int], list[tuple[int, tuple[float, ...]]]]:
     """The crop (top, left, height, width), and of each operation its id and its numbers."""
-    values: list[float] = params.tolist()
+    values: list[float] = np.asarray(params, dtype=np.float64).tolist()
     if len(values) < 4 or len(values) % 2 or not all(value.is_integer() for value in values[:4] + values[4::2]):
         raise ReplayError(f"{values} are no parameters of a view; verify the store they come from")
     top, left, height, width = crop = [int(value) for value in values[:4]]

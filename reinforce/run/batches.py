@@ -29,7 +29,7 @@ Seen: TypeAlias = dict[str, np.ndarray]  # what captioners see of a picture, by 
 Made: TypeAlias = list[tuple[np.ndarray, dict[int, np.ndarray]]]  # of each view: parameters (P,), pixels of each size
 
 ROOM_BYTES = 1 << 30  # of a worker on a CPU
-ROWS_AT_ONCE = 4  # of a batch, whose views a thread makes in one go: to hand over work takes a tenth of a small view
+ROWS_AT_ONCE = 4  # of a batch, whose views a thread makes in one go: to hand over each would cost much of a small view
 LARGEST_SHARE = 16  # a picture that takes more of a room than this part of it is not kept: threads make crops of it
 
 

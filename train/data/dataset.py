@@ -85,7 +85,7 @@ class ReinforcedDataset(IterableDataset[ReinforcedBatch]):
         self.world_size = world_size if world_size is not None else dist.get_world_size() if is_distributed else 1
         if streams % self.world_size:
             raise ConfigError(f"streams {streams} has to be a multiple of the {self.world_size} ranks")
-        if batch_size < 2:
+        if batch_size * self.world_size < 2:
             raise ConfigError(f"batch_size {batch_size}: give 2 or more")
         asked = {
             "shards": shards,

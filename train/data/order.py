@@ -76,11 +76,8 @@ class Order:
             fits = self.num_samples // streams * streams
             raise ConfigError(
                 f"an epoch of the shards has {self.num_samples} good samples, fewer than one batch of {batch_size}; "
-                + (
-                    f"a batch (global_batch_size) of {fits} fits; or give more shards"
-                    if fits > 1
-                    else "give more shards"
-                )
+                + (f"a batch (global_batch_size) of {fits} fits; or " if fits > 1 else "")
+                + "give more shards"
             )
 
     def stream(self, stream: int, step: int) -> Iterator[Piece]:
