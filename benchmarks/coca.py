@@ -13,6 +13,7 @@ gain where arithmetic is the limit. On few rows it is not: each step then waits 
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -74,9 +75,16 @@ WAYS = ("cached", "image once", "open_clip")
 
 @torch.inference_mode()
 def measure(
-    frozen: FrozenModel, config: Captioner, num_images: int, repeats: int, ways: Iterable[str] = WAYS
+    frozen: FrozenModel,
+    config: Captioner,
+    num_images: int,
+    repeats: int,
+    ways: Iterable[str] = WAYS,
+    flops: bool = True,
 ) -> dict[str, Any]:
-    """Seconds, images a second and GFLOP of each way, and how many times faster the cached one, the first, is."""
+    """Seconds, images a second and GFLOP of each way, and how many times faster the cached one, the first, is.
+
+    `flops`: count them, which takes longer on a GPU than all the rest."""
     images = torch.randn(num_images, 3, frozen.image_px, frozen.image_px, device=frozen.device).to(frozen.dtype)
     uniforms = np.random.default_rng(0).random((num_images, config.num_captions, config.max_tokens))
     eot = frozen.tokenizer.eot_token_id
@@ -90,7 +98,7 @@ def measure(
         name: way for name, way in ({"cached": cached(frozen.device.type == "cuda")} | plain).items() if name in ways
     }
     counted = {"cached": cached(graphs=False)} | plain
-    work = {name: num_images * 1e3 * tflop(run, counted[name], 1) for name in chosen}
+    work = {name: num_images * 1e3 * tflop(run, counted[name], 1) if flops else math.nan for name in chosen}
     for way in chosen.values():
         run(way)
     seconds: dict[str, list[float]] = {name: [] for name in chosen}

@@ -6,8 +6,8 @@
     scans       SSD as product, in chunks, by mamba-ssm's Triton kernel and by ours against its definition: values,
                 gradients, ms; and our depthwise convolution against torch's
     run         `clip-reinforce run` without Ray: two teachers and a captioner of random weights, a thousand pictures
-    pipeline    the same work in this process, by number of processes that make views: images a second, what is waited
-                for; same bytes?
+    pipeline    the same work in this process, by the threads and processes that make views: images a second, what is
+                waited for; same bytes?
     teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32; which kernels take it
     captions    CoCa: first call, cached decoding under autocast and with weights held, open_clip's way
     losses      of a large batch, forwards and backwards, against whole matrices
@@ -78,7 +78,7 @@ class Sizes:
     repeats: int = 6
     lengths: tuple[int, ...] = (64, 200, 256, 1024, 4096, 16384)
     longest_product: int = 4096  # beyond, its masks take too much memory
-    longest_definition: int = 4096  # beyond, chunks in float64 stand for it
+    longest_definition: int = 1024  # beyond, chunks in float64 stand for it
     tokens: int = 16384  # of all sequences of a timed call
     maps: tuple[tuple[int, int, int, int], ...] = ((256, 32, 32, 96), (256, 16, 16, 576), (256, 8, 8, 1344))
     batch: int = 256
@@ -86,17 +86,17 @@ class Sizes:
     random: bool = True
     views: int = 30
     view_px: int = 224
-    tars: int = 2
+    tars: int = 4
     batches: int = 2  # of each tar
-    processes: tuple[int, ...] = (8, 14)  # that make views
+    feeds: tuple[tuple[int, int], ...] = ((8, 0),)  # threads, and processes that make views
     captioner: str = "coca_ViT-L-14"
     captions: int = 5
     caption_tokens: int = 30
     captions_as_open_clip: int = 64  # images
     loss_batches: tuple[int, ...] = (8192, 32768)
-    student_batches: tuple[int, ...] = (256, 1)
+    student_batches: tuple[int, ...] = (256,)
     student: str = "mamba_small"
-    student_batch: int = 64
+    student_batch: int = 128
     steps: int = 8
 
 
@@ -114,7 +114,7 @@ SMALL = Sizes(
     views=2,
     view_px=64,
     batches=1,
-    processes=(0, 2),
+    feeds=((2, 0), (2, 2)),
     captioner=f"local-dir:{MODELS / 'coca'}",
     captions=2,
     caption_tokens=6,
@@ -341,7 +341,7 @@ def run(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda
 
 @app.command()
 def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda") -> None:
-    """One worker, loaded once, and a store for each number of processes."""
+    """One worker, loaded once, and a store for each way to make views."""
     answer, sizes, place, _ = begin("pipeline", out, small, device)
     work = out / "work"
     listed = shards.expand(pictures(work, sizes))
@@ -358,10 +358,11 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     stages = tflop_by_stage(worker, set(worker.columns))
     work_tflop = sum(of["tflop"] for of in stages.values())
     answer.add(tflop_an_image={name: of["tflop"] for name, of in stages.items()})
-    for number, tars in ((sizes.processes[-1], listed[:1]), *((number, listed) for number in sizes.processes)):
+    for (threads, processes), tars in ((sizes.feeds[0], listed[:1]), *((feed, listed) for feed in sizes.feeds)):
         spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0, "captions_s": 0.0}
-        worker.loaded.view_processes = worker.loaded.processes(number) if number else None
-        folder = work / f"stores/{number}"
+        worker.loaded.threads = threads
+        worker.loaded.view_processes = worker.loaded.processes(processes) if processes else None
+        folder = work / f"stores/{threads}-{processes}"
         worker.store = Store(str(folder))
         worker.store.promise(worker.manifest)
         for shard in worker.store.shards():
@@ -371,7 +372,8 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
             reports = list(pool.map(worker.reinforce, tars))
         seconds = time.monotonic() - start
         read = sum(report.read for report in reports)
-        row: dict[str, Any] = {"view_processes": number, "images": read, "seconds": seconds, **spent}
+        row: dict[str, Any] = {"threads": threads, "view_processes": processes, "images": read, "seconds": seconds}
+        row |= spent
         row["images_per_s"] = read / seconds
         row["without_models_s"] = seconds - sum(spent.values())  # decoding, views and writing that nothing hid
         row["share_of_product"] = read * work_tflop / seconds / ceiling(out)
@@ -480,13 +482,13 @@ def captions(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     frozen = FrozenModel(config, place, random_seed=0)
     answer.add(**card(place), loading_s=time.monotonic() - before, captions=sizes.captions, tokens=sizes.caption_tokens)
     before = time.monotonic()
-    coca.measure(frozen, config, sizes.batch, 1, ["cached"])
+    coca.measure(frozen, config, sizes.batch, 1, ["cached"], flops=False)
     answer.add(first_s=time.monotonic() - before)
-    answer.add(autocast={"cached": coca.measure(frozen, config, sizes.batch, 3, ["cached"])["cached"]})
+    answer.add(autocast={"cached": coca.measure(frozen, config, sizes.batch, 3, ["cached"], flops=False)["cached"]})
     frozen.hold()
-    answer.add(held={"cached": coca.measure(frozen, config, sizes.batch, 3, ["cached"])["cached"]})
+    answer.add(held={"cached": coca.measure(frozen, config, sizes.batch, 3, ["cached"], flops=False)["cached"]})
     few = sizes.captions_as_open_clip
-    answer.add(held_all_ways={"images": few} | coca.measure(frozen, config, few, 1))
+    answer.add(held_all_ways={"images": few} | coca.measure(frozen, config, few, 1, flops=False))
 
 
 @app.command("losses")
@@ -534,7 +536,7 @@ def training(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     config = TrainConfig(
         student=sizes.student,
         shards=pictures(work, sizes),
-        store=str(work / "stores/run"),
+        store=str(work / "stores/run" if (work / "stores/run").is_dir() else work / "stores/8-0"),
         global_batch_size=sizes.student_batch,
         precision="amp_bf16",
     )

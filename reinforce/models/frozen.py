@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reinforce import process
 from reinforce.config import TIMM, Model
 from reinforce.errors import ConfigError
-from reinforce.models import tensorfile, timm
+from reinforce.models import tensorfile, timm, vit
 from reinforce.models.open_clip import open_clip
 from reinforce.models.pixels import Normaliser
 from reinforce.models.prompts import Prompts
@@ -71,7 +71,8 @@ class FrozenModel:
 
     def hold(self) -> None:
         """Hold the weights in the precision that the manifest promises, where that is bf16: autocast casts frozen
-        weights anew in every forward pass, and makes norms pass through float32.
+        weights anew in every forward pass, and makes norms pass through float32. What is held is computed in fewer
+        passes, too (vit.py).
 
         Not with prompts, which are float32, and not with BatchNorm, whose statistics bf16 is too coarse for.
         """
@@ -87,6 +88,7 @@ class FrozenModel:
             self.model.to(self.dtype)
             for name, value in scalars.items():
                 getattr(self.model, name).data = value
+            vit.quicken(self.model)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on any device -> (B, 3, H, W) on the model's, in the units it was trained in."""
