@@ -34,8 +34,8 @@ from reinforce.store.store import Store
 
 # Dense bfloat16 matrix products, TFLOP/s, as the makers state them.
 CARDS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "L40S": 362, "RTX4090": 165}
-# Of that rate, what models reach; a guess: an H100 reached 0.34 of its own plain product (docs/results/gpu.md).
-UTILISATION = 0.55
+# Of that rate, what two ViT-L/14 and a CoCa reached on an H100, from JPEG to columns (docs/results/gpu.md).
+UTILISATION = 0.45
 LOOKED_AT = 3  # tars whose samples are counted; the others are taken to have as many per byte
 TRIAL_S = 60.0  # what reinforcing a few samples, to see what it costs, may take
 MOST = 1024  # of these samples
