@@ -5,8 +5,8 @@
 
 Every round times ours and torchvision's one after the other, the first of them in turn, on one thread. A ratio is taken
 within a round, so that a machine that slows down slows both. Times are those of the CPU, whoever else is using it.
-`--at-once N` asks another question: how many views a second a worker gets from one thread, from N, and from N
-processes, by the clock, in turns; the cores must be idle.
+`--at-once N` asks another question: how many views a second a worker gets from one thread and from N, by the clock, in
+turns; the cores must be idle.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from reinforce.data import augment, resize
 from reinforce.data.shards import Sample
 from reinforce.process import import_torchvision
 from reinforce.run.batches import Batch, View, views
-from reinforce.run.view_processes import ViewProcesses
 from reinforce.terminal import show
 
 import_torchvision()
@@ -108,7 +107,6 @@ def at_once(num: int, num_rounds: int, view_px: int) -> dict[str, object]:
     samples = [Sample(f"{i}", jpeg(picture), ()) for i, picture in enumerate(pictures)]
     sizes = [(picture.height, picture.width) for picture in pictures]
     batch = Batch(list(range(64)), samples, sizes, [{}] * 64, list(map(resize.ready, pictures)))
-    processes = ViewProcesses(num, 64, {"base": {view_px}})
 
     def in_threads(count: int) -> Iterator[View]:
         with ThreadPoolExecutor(count) as pool:
@@ -117,7 +115,6 @@ def at_once(num: int, num_rounds: int, view_px: int) -> dict[str, object]:
     ways: dict[str, Callable[[], Iterator[View]]] = {
         "one thread": partial(in_threads, 1),
         f"{num} threads": partial(in_threads, num),
-        f"{num} processes": lambda: processes.views(batch, view_set, "base", 0, {view_px}),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(num_rounds + 1):
@@ -127,8 +124,8 @@ def at_once(num: int, num_rounds: int, view_px: int) -> dict[str, object]:
             if number:  # the first warms up
                 rates[name].append(made / (time.perf_counter() - start))
     told: dict[str, object] = {f"{name}, views/s": round(median(of)) for name, of in rates.items()}
-    times = [fast / slow for fast, slow in zip(rates[f"{num} processes"], rates[f"{num} threads"], strict=True)]
-    return told | {"processes over threads": {"median": round(median(times), 2), "min": round(min(times), 2)}}
+    ratios = [many / one for many, one in zip(rates[f"{num} threads"], rates["one thread"], strict=True)]
+    return told | {"threads over one": {"median": round(median(ratios), 2), "min": round(min(ratios), 2)}}
 
 
 def main() -> None:
@@ -137,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--view-px", type=int, default=224)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--at-once", type=int, help="compare so many threads with so many processes")
+    parser.add_argument("--at-once", type=int, help="compare so many threads with one")
     options = parser.parse_args()
     if options.at_once:
         result = at_once(options.at_once, options.rounds, options.view_px)

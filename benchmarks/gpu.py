@@ -6,8 +6,8 @@
     scans       SSD as product, in chunks, by mamba-ssm's Triton kernel and by ours against its definition: values,
                 gradients, ms; and our depthwise convolution against torch's
     run         `clip-reinforce run` without Ray: two teachers and a captioner of random weights, a thousand pictures
-    pipeline    the same work in this process, by the threads and processes that make views: images a second, what is
-                waited for; same bytes?
+    pipeline    the same work in this process, by the threads that make views: images a second, what is waited for;
+                same bytes?
     teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32; which kernels take it
     captions    CoCa: first call, cached decoding under autocast and with weights held, open_clip's way
     losses      of a large batch, forwards and backwards, against whole matrices
@@ -88,7 +88,7 @@ class Sizes:
     view_px: int = 224
     tars: int = 4
     batches: int = 2  # of each tar
-    feeds: tuple[tuple[int, int], ...] = ((8, 0),)  # threads, and processes that make views
+    threads: tuple[int, ...] = (8,)  # that decode and make views
     captioner: str = "coca_ViT-L-14"
     captions: int = 5
     caption_tokens: int = 30
@@ -96,8 +96,8 @@ class Sizes:
     loss_batches: tuple[int, ...] = (8192, 32768)
     student_batches: tuple[int, ...] = (256,)
     student: str = "mamba_small"
-    student_batch: int = 128
-    steps: int = 8
+    student_batch: int = 64
+    steps: int = 6
 
 
 SMALL = Sizes(
@@ -114,7 +114,7 @@ SMALL = Sizes(
     views=2,
     view_px=64,
     batches=1,
-    feeds=((2, 0), (2, 2)),
+    threads=(1, 2),
     captioner=f"local-dir:{MODELS / 'coca'}",
     captions=2,
     caption_tokens=6,
@@ -341,7 +341,7 @@ def run(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda
 
 @app.command()
 def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = "cuda") -> None:
-    """One worker, loaded once, and a store for each way to make views."""
+    """One worker, loaded once, and a store for each number of threads."""
     answer, sizes, place, _ = begin("pipeline", out, small, device)
     work = out / "work"
     listed = shards.expand(pictures(work, sizes))
@@ -358,11 +358,10 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     stages = tflop_by_stage(worker, set(worker.columns))
     work_tflop = sum(of["tflop"] for of in stages.values())
     answer.add(tflop_an_image={name: of["tflop"] for name, of in stages.items()})
-    for (threads, processes), tars in ((sizes.feeds[0], listed[:1]), *((feed, listed) for feed in sizes.feeds)):
+    for threads, tars in ((sizes.threads[0], listed[:1]), *((number, listed) for number in sizes.threads)):
         spent |= {"image_towers_s": 0.0, "text_towers_s": 0.0, "captions_s": 0.0}
         worker.loaded.threads = threads
-        worker.loaded.view_processes = worker.loaded.processes(processes) if processes else None
-        folder = work / f"stores/{threads}-{processes}"
+        folder = work / f"stores/{threads}"
         worker.store = Store(str(folder))
         worker.store.promise(worker.manifest)
         for shard in worker.store.shards():
@@ -372,8 +371,7 @@ def pipeline(out: OutOption, small: SmallOption = False, device: DeviceOption = 
             reports = list(pool.map(worker.reinforce, tars))
         seconds = time.monotonic() - start
         read = sum(report.read for report in reports)
-        row: dict[str, Any] = {"threads": threads, "view_processes": processes, "images": read, "seconds": seconds}
-        row |= spent
+        row: dict[str, Any] = {"threads": threads, "images": read, "seconds": seconds, **spent}
         row["images_per_s"] = read / seconds
         row["without_models_s"] = seconds - sum(spent.values())  # decoding, views and writing that nothing hid
         row["share_of_product"] = read * work_tflop / seconds / ceiling(out)
@@ -536,7 +534,7 @@ def training(out: OutOption, small: SmallOption = False, device: DeviceOption = 
     config = TrainConfig(
         student=sizes.student,
         shards=pictures(work, sizes),
-        store=str(work / "stores/run" if (work / "stores/run").is_dir() else work / "stores/8-0"),
+        store=str(work / "stores/run"),
         global_batch_size=sizes.student_batch,
         precision="amp_bf16",
     )

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What only a GPU can say, in one call of about twelve minutes; benchmarks/gpu.py says what each step is, and
+# What only a GPU can say, in one call of about a quarter of an hour; benchmarks/gpu.py says what each step is, and
 # docs/results/gpu.md what was seen.
 #
 #     sh benchmarks/gpu.sh [--small] [FOLDER]      answers as FOLDER/STEP.json (default: gpu), logs beside them
@@ -44,12 +44,12 @@ for pid in $waiting; do wait "$pid"; done
 
 step 90 "$out" scans scans
 step 100 "$out" teachers teachers
-step 150 "$out" pipeline pipeline
+step 200 "$out" pipeline pipeline
 for student in $students; do
     name=${student%:*}
-    step 60 "$out" "latency-$name" latency "$name" --size "${student#*:}"
+    step 100 "$out" "latency-$name" latency "$name" --size "${student#*:}"
 done
-step 60 "$out" training training
+step 150 "$out" training training
 step 60 "$out" losses losses
-step 90 "$out" captions captions
+step 200 "$out" captions captions
 "$PYTHON" -m benchmarks.gpu table --out "$out"

@@ -63,7 +63,6 @@ def write(
     max_invalid: float = _DEFAULTS.max_invalid,
     attempts: int = _DEFAULTS.attempts,
     decode_threads: int | None = _DEFAULTS.decode_threads,
-    view_processes: int | None = _DEFAULTS.view_processes,
 ) -> "RunReport":
     """Write what the teachers of a recipe know about the shards into a store; what is there already is kept.
 
@@ -84,7 +83,6 @@ def write(
         "max_invalid": max_invalid,
         "attempts": attempts,
         "decode_threads": decode_threads,
-        "view_processes": view_processes,
     }
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(fspath(recipe))
     return run(shards, fspath(store), loaded, parse(RunOptions, options, "reinforce.write"))

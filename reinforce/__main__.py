@@ -61,15 +61,7 @@ AttemptsOption = Annotated[int, typer.Option(help="tries per shard")]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        help="threads per worker that decode and, without view processes, augment; by default 2, and with a GPU its "
-        "share of the cores, at most 8"
-    ),
-]
-ProcessesOption = Annotated[
-    int | None,
-    typer.Option(
-        help="processes per worker that make the views; by default none, and with a GPU its share of the cores, at "
-        "most 16"
+        help="threads per worker that decode and augment; by default 2, and with a GPU its share of the cores, at most 8"
     ),
 ]
 BytesOption = Annotated[
@@ -116,7 +108,6 @@ def run(
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
-    view_processes: ProcessesOption = _DEFAULTS.view_processes,
     decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     statistics: StatisticsOption = _DEFAULTS.statistics,
@@ -124,7 +115,7 @@ def run(
 ) -> None:
     """Write what the teachers of a recipe know about SHARDS into a store. Run it again to go on where it stopped."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after, "statistics": statistics}
-    options |= {"decode_threads": decode_threads, "view_processes": view_processes, "decode_bytes": decode_bytes}
+    options |= {"decode_threads": decode_threads, "decode_bytes": decode_bytes}
     _run("::".join(shards), store, recipe, set_, json_, texts, workers=workers, device=device, **options)
 
 
@@ -139,7 +130,6 @@ def extend(
     max_invalid: MaxInvalidOption = _DEFAULTS.max_invalid,
     attempts: AttemptsOption = _DEFAULTS.attempts,
     decode_threads: ThreadsOption = _DEFAULTS.decode_threads,
-    view_processes: ProcessesOption = _DEFAULTS.view_processes,
     decode_bytes: BytesOption = _DEFAULTS.decode_bytes,
     hung_after: HungOption = _DEFAULTS.hung_after,
     statistics: StatisticsOption = _DEFAULTS.statistics,
@@ -148,8 +138,7 @@ def extend(
     """Add teachers, view sets, captioners or class sets to a store, as --set 'teachers.NAME={"model": ..}'. What is
     there stays as it is, and may be read meanwhile."""
     options = {"max_invalid": max_invalid, "attempts": attempts, "hung_after": hung_after, "statistics": statistics}
-    options |= {"decode_threads": decode_threads, "view_processes": view_processes}
-    options |= {"decode_bytes": decode_bytes, "extend": True}
+    options |= {"decode_threads": decode_threads, "decode_bytes": decode_bytes, "extend": True}
     _run("::".join(shards), store, recipe, set_, json_, [], workers=workers, device=device, **options)
 
 

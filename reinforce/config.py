@@ -284,14 +284,8 @@ class RunOptions(Config):
     decode_threads: int | None = Field(
         None,
         ge=1,
-        description="threads of a worker that decode and, without view processes, augment; by default 2, and with a "
-        "GPU its share of the cores, at most 8",
-    )
-    view_processes: int | None = Field(
-        None,
-        ge=0,
-        description="processes of a worker that make the views; by default none, and with a GPU its share of the "
-        "cores, at most 16",
+        description="threads of a worker that decode and augment; by default 2, and with a GPU its share of the cores, "
+        "at most 8",
     )
     decode_bytes: int | None = Field(
         None,

@@ -258,7 +258,7 @@ def worker(objects: Objects, kind: int) -> Worker:
     made.store = SimulatedStore(objects)
     teachers = {name: FakeTeacher(kind) for name in RECIPE.teachers}
     loaded: Any = Loaded.__new__(Loaded)
-    loaded.recipe, loaded.threads, loaded.views_ahead, loaded.view_processes = RECIPE, 1, 2, None
+    loaded.recipe, loaded.threads, loaded.views_ahead = RECIPE, 1, 2
     loaded.teachers, loaded.ensemble = teachers, FakeEnsemble(teachers)
     loaded.captioners, loaded.room = {"coca": FakeCaptioner(kind)}, Room(1 << 30)
     made.loaded = loaded

@@ -62,7 +62,7 @@ def alone(recipe: Recipe, tars: list[str], tmp_path_factory: pytest.TempPathFact
 def test_same_bytes_for_any_number_of_workers_and_any_order(
     on_ray: None, recipe: Recipe, tars: list[str], alone: dict[str, bytes], tmp_path: Path, workers: str
 ) -> None:
-    options = RunOptions(workers=workers, device="cpu", view_processes=2 if workers == "1:3" else None)
+    options = RunOptions(workers=workers, device="cpu")
     report = driver.run("::".join(reversed(tars)), str(tmp_path / "s"), recipe, options)
     assert report.done == 5 and sum(report.quarantined.values()) == 1
     assert tiny.tree(tmp_path / "s") == alone

@@ -173,7 +173,7 @@ def test_a_run_that_reads_a_slow_tar(
     url, server = stalling
     server.free = 2  # the first and the last bytes of a tar, which tell whose it is
     asked = ["--store", str(tmp_path / "s"), "--recipe", str(tmp_path / "recipe.json"), "--workers", "0"]
-    run = Begun("-m", "reinforce", "run", url, *asked, "--view-processes", "2", "--device", "cpu")
+    run = Begun("-m", "reinforce", "run", url, *asked, "--device", "cpu")
     run.after(lambda: server.stalled)
     run.send(number, to_group)
     code, seconds, told = run.ended()

@@ -87,8 +87,8 @@ class Room:
     """Bytes that the pictures of a worker and their files may take, all its shards together. What is in it gives its
     bytes back when it is let go of."""
 
-    def __init__(self, num_bytes: int, largest_share: int = LARGEST_SHARE) -> None:
-        self.num_bytes, self._free, self._largest = num_bytes, num_bytes, num_bytes // largest_share
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes, self._free, self._largest = num_bytes, num_bytes, num_bytes // LARGEST_SHARE
         self._changes = threading.RLock()  # a thread that takes may be made to collect what gives back
 
     def __bool__(self) -> bool:
@@ -151,17 +151,16 @@ def batches(
     files: CaptionFiles | None,
     pool: Executor,
     room: Room,
-    keep: bool = True,
     see: Callable[[Image.Image], Seen] = lambda picture: {},
 ) -> Iterator[Batch]:
     """Decodes every sample once and notes it in `rows`; yields the good ones. Composition depends on the tar alone.
 
-    `keep`: pictures, as long as there is `room`. `see`: asked once of each good one.
+    Pictures are kept as long as there is `room`. `see`: asked once of each good one.
     """
 
     def decode(sample: Sample) -> _Decoded:
         room.charge(sample)
-        return _decoded(sample, room.keep if keep else lambda picture: None, see)
+        return _decoded(sample, room.keep, see)
 
     batch = Batch()
     samples = shards.read(shard, files, rows.notes)

@@ -1,11 +1,13 @@
 """The models of a recipe on one device, and what makes their inputs."""
 
+import logging
 import os
 import re
 
 import torch
 
 from reinforce.config import Recipe, RunOptions
+from reinforce.data import resize
 from reinforce.errors import ConfigError
 from reinforce.models import needs
 from reinforce.models.captioner import Captioner
@@ -13,7 +15,8 @@ from reinforce.models.device import device_fault
 from reinforce.models.ensemble import Ensemble
 from reinforce.models.teacher import Teacher
 from reinforce.run.batches import ROOM_BYTES, Room
-from reinforce.run.view_processes import ViewProcesses
+
+log = logging.getLogger(__name__)
 
 
 class Loaded:
@@ -45,8 +48,8 @@ class Loaded:
                 raise fault from error
             raise
         self.ensemble = Ensemble(self.teachers)
-        num = view_processes(device) if options.view_processes is None else options.view_processes
-        self.view_processes = self.processes(num) if num else None
+        if device.type == "cuda" and not resize.has_numba():
+            log.warning("without numba a GPU waits for views; install it: pip install 'clip-reinforce[fast]'")
 
     def describe(self) -> dict[str, dict[str, object]]:
         """What the manifest says of them."""
@@ -54,12 +57,6 @@ class Loaded:
             "teachers": {name: teacher.describe() for name, teacher in self.teachers.items()},
             "captioners": {name: captioner.describe() for name, captioner in self.captioners.items()},
         }
-
-    def processes(self, num: int) -> ViewProcesses:
-        """So many that make views, in all sizes in which these models can ask for them."""
-        of_teachers = {teacher.image_px for teacher in self.teachers.values()}
-        sides = {name: of_teachers | {view_set.view_px} for name, view_set in self.recipe.view_sets.items()}
-        return ViewProcesses(num, self.recipe.batch_size, sides, self.room.num_bytes)
 
 
 def num_gpus() -> int:
@@ -71,7 +68,7 @@ def num_gpus() -> int:
 
 def decode_threads(device: torch.device) -> int:
     """Two for a CPU worker, whose models need the core. A GPU waits for two: its share of the cores, less those of the
-    models and of writing, and at most 8, beyond which they stand in each other's way (docs/results/gpu-h200.md)."""
+    models and of writing, and at most 8, beyond which nothing is won (docs/results/gpu.md)."""
     if device.type != "cuda":
         return 2
     return min(8, max(2, len(os.sched_getaffinity(0)) // num_gpus() - 2))
@@ -80,10 +77,3 @@ def decode_threads(device: torch.device) -> int:
 def decode_bytes(device: torch.device) -> int:
     """Of pictures. A GPU asks for more at a time, and its machine has more memory."""
     return ROOM_BYTES if device.type != "cuda" else 8 * ROOM_BYTES
-
-
-def view_processes(device: torch.device) -> int:
-    """A CPU worker's two threads do; a GPU takes more views than threads can make."""
-    if device.type != "cuda":
-        return 0
-    return min(16, max(1, len(os.sched_getaffinity(0)) // num_gpus() - 2))

@@ -175,12 +175,8 @@ class ShardWork:
             sides.add(view_set.view_px)
         if not sides and Column("view", name, "augment") not in self.answers:
             return iter(())
-        processes = self.loaded.view_processes
-        if processes:
-            made = processes.views(batch, view_set, name, self.recipe.seed, sides)
-        else:
-            num_bytes = self.loaded.room.num_bytes // len(self.recipe.view_sets)
-            made = views(batch, view_set, name, self.recipe.seed, sides, pool, num_bytes)
+        num_bytes = self.loaded.room.num_bytes // len(self.recipe.view_sets)
+        made = views(batch, view_set, name, self.recipe.seed, sides, pool, num_bytes)
         return ahead(made, self.loaded.views_ahead)
 
     def _views(self, name: str, batch: Batch, views_of_set: Iterator[View], pool: Executor) -> None:

@@ -74,8 +74,8 @@ class Worker:
         if work.awaited and not work.wanted:
             return ShardReport(shard.name, error=work.lacks(), final=True)
         with ThreadPoolExecutor(self.loaded.threads) as pool:
-            room, keep, files = self.loaded.room, not self.loaded.view_processes, self.recipe.caption_files
-            found = batches(shard, work.rows, self.recipe.batch_size, files, pool, room, keep, work.see)
+            room, files = self.loaded.room, self.recipe.caption_files
+            found = batches(shard, work.rows, self.recipe.batch_size, files, pool, room, work.see)
             ready = ahead(found, 2, room)
             try:
                 with self._models:
