@@ -3,15 +3,14 @@
     python -m benchmarks.gpu STEP [NAME] --out FOLDER [--small] [--device cpu]
 
     card        versions, and the card's own ceilings: a large bfloat16 product, a copy from memory to memory
-    scans       SSD as product, in chunks, by mamba-ssm's Triton kernel and by ours against its definition: values,
-                gradients, ms; and our depthwise convolution against torch's
+    scans       SSD as product, in chunks and by mamba-ssm's Triton kernel against its definition: values, gradients, ms
     run         `clip-reinforce run` without Ray: two teachers and a captioner of random weights, a thousand pictures
     pipeline    the same work in this process, by the threads that make views: images a second, what is waited for;
                 same bytes?
     teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32; which kernels take it
     captions    CoCa: first call, cached decoding under autocast and with weights held, open_clip's way
     losses      of a large batch, forwards and backwards, against whole matrices
-    latency     NAME, a student: batch 1 and 256, eager and compiled, by train.latency; ours with our own kernels, too
+    latency     NAME, a student: batch 1 and 256, eager and compiled, by train.latency
     training    a step of a student in bfloat16 from the store of `run`, against one without teachers
     table       what the steps said, in lines
 
@@ -57,7 +56,6 @@ from reinforce.store.store import Store
 from train import latency
 from train.config import TrainConfig
 from train.students import plain_scans, scan
-from train.students.mamba import Depthwise
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 ROOT = Path(__file__).parent.parent
@@ -80,7 +78,6 @@ class Sizes:
     longest_product: int = 4096  # beyond, its masks take too much memory
     longest_definition: int = 1024  # beyond, chunks in float64 stand for it
     tokens: int = 16384  # of all sequences of a timed call
-    maps: tuple[tuple[int, int, int, int], ...] = ((256, 32, 32, 96), (256, 16, 16, 576), (256, 8, 8, 1344))
     batch: int = 256
     teachers: tuple[str, ...] = ("ViT-L-14-quickgelu", "ViT-L-14")
     random: bool = True
@@ -108,7 +105,6 @@ SMALL = Sizes(
     longest_product=64,
     longest_definition=64,
     tokens=160,
-    maps=((1, 4, 4, 32),),
     batch=8,
     teachers=tuple(f"local-dir:{MODELS / name}" for name in ("teacher_vit", "teacher_conv")),
     views=2,
@@ -217,9 +213,6 @@ def scans(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
     forms = {"product": plain_scans.ssd_product, "chunks": plain_scans.ssd_chunks}
     if place.type == "cuda" and scan.kernel(scan.CHUNK_SCAN):
         forms["kernel"] = scan.ssd_kernel
-    if place.type == "cuda":
-        scan.use_own_kernels()
-        forms["tiles"] = scan.ssd_tiles  # has no gradients
     answer.add(**card(place), mamba_ssm=version("mamba_ssm"), forms=list(forms), repeats=sizes.repeats)
     for length in sizes.lengths:
         inputs = [t.to(place) for t in kernels.ssd_inputs(2, length)]
@@ -233,38 +226,16 @@ def scans(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
                 row: dict[str, Any] = {"form": name, "length": length, "dtype": str(dtype)[6:]}
                 try:
                     narrow, timed = _narrow(inputs, dtype), _narrow(many, dtype)
+                    got = kernels.run(form, narrow)
+                    errors = [kernels.error([a], [b]) for a, b in zip(got, expected, strict=True)]
+                    row |= dict(zip(("value", "d_x", "d_dt", "d_a", "d_b", "d_c"), errors, strict=True))
                     with torch.no_grad():
-                        got = [form(*narrow)]
                         row["ms_forward"] = clock.ms(partial(form, *timed))
-                    if name != "tiles":
-                        got = kernels.run(form, narrow)
-                        row["ms_both"] = clock.ms(partial(kernels.run, form, timed))
-                    errors = [kernels.error([a], [b]) for a, b in zip(got, expected, strict=False)]
-                    row |= dict(zip(("value", "d_x", "d_dt", "d_a", "d_b", "d_c"), errors, strict=False))
+                    row["ms_both"] = clock.ms(partial(kernels.run, form, timed))
                     row["ok"] = max(errors) <= kernels.tolerance(dtype, place)
                 except RuntimeError as error:  # CUDA's and Triton's, out of memory among them
                     row["error"] = str(error)[:300]
                 answer.add(rows=[row])
-    with torch.no_grad():
-        for shape in sizes.maps:
-            answer.add(rows=[_depthwise(shape, place, clock)])
-
-
-def _depthwise(shape: tuple[int, int, int, int], place: torch.device, clock: Clock) -> dict[str, Any]:
-    """(B, H, W, C) in bfloat16, with SiLU: torch's, and ours where there is one. Errors to float64, as above."""
-    layer = Depthwise(shape[-1]).to(place, torch.bfloat16)
-    x = torch.randn(shape, device=place, dtype=torch.bfloat16)
-    row: dict[str, Any] = {"form": "depthwise", "shape": list(shape)}
-    exact = copy.deepcopy(layer).double()(x.double(), silu=True)
-    ours = scan.own
-    for name, kernels_used in {"torch": None, "ours": ours}.items():
-        scan.own = kernels_used
-        if name == "torch" or scan.own_kernels(place):
-            row[f"{name}_error"] = kernels.error([layer(x, silu=True)], [exact])
-            row[f"{name}_ms"] = clock.ms(partial(layer, x, silu=True))
-    scan.own = ours
-    row["ok"] = max(row["torch_error"], row.get("ours_error", 0.0)) <= kernels.tolerance(torch.bfloat16, place)
-    return row
 
 
 def _narrow(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -511,19 +482,14 @@ def latency_(
     """One student in a process of its own."""
     answer, sizes, place, _ = begin(f"latency-{name}", out, small, device)
     repeats = 5 * sizes.repeats
-    ways = [(False, False), (True, False)]
-    if place.type == "cuda" and name.startswith("mamba"):
-        ways.append((True, True))
-    for compiled, own in ways:
-        if own:
-            scan.use_own_kernels()
+    for compiled in (False, True):
         for batch in sizes.student_batches:
             try:
                 rows = latency.measure([name], [size], [batch], repeats, str(place), "bf16", compiled, ["image"])
             except RuntimeError as error:  # the compiler's
-                answer.add(rows=[{"batch": batch, "compiled": compiled, "own": own, "error": str(error)[:300]}])
+                answer.add(rows=[{"batch": batch, "compiled": compiled, "error": str(error)[:300]}])
             else:
-                answer.add(rows=[asdict(row) | {"own": own} for row in rows])
+                answer.add(rows=[asdict(row) for row in rows])
 
 
 @app.command()

@@ -204,9 +204,6 @@ def latency(
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="type of weights and activations")] = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="of a CPU (default: all cores)")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="run every tower through torch.compile")] = False,
-    own_kernels: Annotated[
-        bool, typer.Option("--own-kernels", help="on CUDA, our Triton kernels for Mamba encoders (not tried on a card)")
-    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Measure students: parameters, FLOPs and milliseconds per call of each tower, in the form used for inference."""
@@ -214,12 +211,9 @@ def latency(
         from reinforce.models.device import pick_device
         from reinforce.process import torch_threads
         from train.latency import measure, table
-        from train.students.scan import use_own_kernels
 
         if threads:
             torch_threads(threads)
-        if own_kernels:
-            use_own_kernels()
         rows = measure(students, size, batch, repeats, str(pick_device(device)), precision, compiled)
         say(*(json.dumps({"rows": [asdict(row) for row in rows]}) if json_ else table(rows)).split("\n"))
 

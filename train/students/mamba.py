@@ -21,7 +21,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from train.students.scan import own_kernels, ssd
+from train.students.scan import ssd
 
 EXPANSION = 2  # of a state-space block, in widths
 
@@ -49,9 +49,6 @@ class Depthwise(Conv):
         super().__init__(width, width, 3, padding=1, groups=width)
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        if kernels := own_kernels(x.device, x.dtype):
-            out: Tensor = kernels.depthwise(x, self.weight, self.bias, silu)
-            return out
         x = super().forward(x)
         return F.silu(x) if silu else x
 

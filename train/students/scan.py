@@ -7,8 +7,7 @@ compute the same. The letters are those of that module.
     selective scan   "kernel" on CUDA where mamba-ssm has it, otherwise "sequential" in training and, where no gradient
                      is asked for, "doubling", which an export can hold
     ssd              "product" for as many tokens as `longest_product` says; for more, "kernel" on CUDA where
-                     mamba-ssm has it, otherwise "chunks". After `use_own_kernels`, where no gradient is asked for on
-                     CUDA, "tiles"
+                     mamba-ssm has it, otherwise "chunks"
 
 mamba-ssm's kernel for SSD is Triton's and needs nothing but its source; the one for the selective scan is compiled when
 mamba-ssm is built.
@@ -25,12 +24,9 @@ import torch
 from torch import Tensor
 
 from reinforce import process
-from reinforce.errors import MissingExtra
 from train.students.plain_scans import (
     CHUNK,
     both_ways,
-    log_decays_of,
-    running_sum,
     selective_scan_doubling,
     selective_scan_sequential,
     ssd_chunks,
@@ -41,7 +37,6 @@ KERNEL_CHUNK = 256  # as Mamba-2 has it
 SELECTIVE_SCAN = "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"
 PLAIN_SELECTIVE_SCAN = "sequential, without gradients doubling"
 CHUNK_SCAN = "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined"
-own: ModuleType | None = None  # train.students.kernels, once it is asked for
 
 
 @functools.cache
@@ -79,24 +74,7 @@ def longest_product(device: torch.device) -> int:
     return 256 if device.type == "cuda" else CHUNK
 
 
-def use_own_kernels() -> None:
-    """From now on, those of kernels.py where they fit. Raises MissingExtra where there is no Triton."""
-    global own
-    try:
-        from train.students import kernels
-    except ImportError as error:
-        raise MissingExtra("our own kernels need Triton, which comes with torch for CUDA") from error
-    own = kernels
-
-
-def own_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType | None:
-    """Our kernels where they fit: they have no gradients, and sum in float32."""
-    return own if device.type == "cuda" and dtype != torch.float64 and not torch.is_grad_enabled() else None
-
-
-def ssd_path(device: torch.device, length: int, dtype: torch.dtype = torch.float32) -> str:
-    if own_kernels(device, dtype):
-        return "tiles"
+def ssd_path(device: torch.device, length: int) -> str:
     if length <= longest_product(device):
         return "product"
     return "kernel" if device.type == "cuda" and kernel(CHUNK_SCAN) else "chunks"
@@ -104,14 +82,12 @@ def ssd_path(device: torch.device, length: int, dtype: torch.dtype = torch.float
 
 def describe(device: torch.device) -> str:
     """The paths of a training on a device, for a log: `selective scan: kernel; ssd up to 256 tokens: product, beyond:
-    kernel`, and what takes their place without gradients."""
+    kernel`."""
     missing = "" if device.type != "cuda" or kernel(CHUNK_SCAN) else " (mamba-ssm is not installed)"
     longest = longest_product(device)
-    with torch.no_grad():
-        tiles = "; without gradients: tiles" if own_kernels(device) else ""
     return (
         f"selective scan: {'kernel' if selective_scan_path(device) == 'kernel' else PLAIN_SELECTIVE_SCAN}; "
-        f"ssd up to {longest} tokens: product, beyond: {ssd_path(device, longest + 1)}{missing}{tiles}"
+        f"ssd up to {longest} tokens: product, beyond: {ssd_path(device, longest + 1)}{missing}"
     )
 
 
@@ -156,9 +132,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     hold the diagonal, less the diagonal.
     x (b, L, H, P); dt (b, L, H), positive, and A (H,), negative, float32; B, C (b, L, N), shared by the heads.
     """
-    path = ssd_path(x.device, x.shape[1], x.dtype)
-    if path == "tiles":
-        return ssd_tiles(x, dt, A, B, C)
+    path = ssd_path(x.device, x.shape[1])
     if path == "product":
         return ssd_product(x, dt, A, B, C)
     if path == "chunks":
@@ -176,12 +150,3 @@ def ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor
         lambda x, dt, A, B, C: scan(x, dt, A, B.unsqueeze(2), C.unsqueeze(2), KERNEL_CHUNK),
         *(x, dt, A, B.to(x.dtype), C.to(x.dtype)),
     )
-
-
-def ssd_tiles(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """`ssd` as the product, whose mask is never written: our own kernel."""
-    assert own is not None
-    log_decays = log_decays_of(dt, A).transpose(1, 2)
-    until = running_sum(log_decays)
-    y: Tensor = own.ssd(x, dt.float(), until, until - log_decays, B.to(x.dtype), C.to(x.dtype))
-    return y

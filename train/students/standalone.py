@@ -30,10 +30,6 @@ NEEDS: dict[ModuleType, list[ModuleType]] = {
 }
 # What scan.py would decide: without kernels there is little to decide.
 SCANS = """
-def own_kernels(*_: Any) -> None:
-    return None
-
-
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     few = x.shape[1] <= (256 if x.is_cuda else CHUNK)
     return ssd_product(x, dt, A, B, C) if few else ssd_chunks(x, dt, A, B, C)
