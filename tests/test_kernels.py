@@ -80,7 +80,8 @@ from reinforce.models import kernels as k
 
 def compiled(function, signature, constants, **options):
     signature = {name: signature.get(name, "constexpr") for name in function.arg_names}
-    binary = triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+    source = ASTSource(function, signature, constants)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = binary.asm["ptx"]
     print(function.__name__, len(binary.asm["cubin"]) > 1000, ptx.count("wgmma.mma"), binary.metadata.shared)
 
