@@ -13,7 +13,6 @@ gain where arithmetic is the limit. On few rows it is not: each step then waits 
 """
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -98,7 +97,7 @@ def measure(
         name: way for name, way in ({"cached": cached(frozen.device.type == "cuda")} | plain).items() if name in ways
     }
     counted = {"cached": cached(graphs=False)} | plain
-    work = {name: num_images * 1e3 * tflop(run, counted[name], 1) if flops else math.nan for name in chosen}
+    work = {name: num_images * 1e3 * tflop(run, counted[name], 1) for name in chosen} if flops else {}
     for way in chosen.values():
         run(way)
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
@@ -115,11 +114,11 @@ def measure(
         result[name] = {
             "median_s": median_s,
             "images_per_s": num_images / median_s,
-            "gflop": work[name],
             "times_slower_than_cached": statistics.median(ratios),
-            "times_the_flops_of_cached": work[name] / work["cached"],
             "captions_equal": float((tokens[name] == tokens["cached"]).all(dim=-1).float().mean()),
         }
+        if flops:
+            result[name] |= {"gflop": work[name], "times_the_flops_of_cached": work[name] / work["cached"]}
     return result
 
 
