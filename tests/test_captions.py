@@ -45,6 +45,10 @@ def seen(image: bytes) -> str:
     return f"an image of {hashlib.sha256(image).hexdigest()[:6]}"
 
 
+class Queue(ThreadingHTTPServer):
+    request_queue_size = 64  # of 5, the script's threads overrun it now and then, and are reset
+
+
 class Server(BaseHTTPRequestHandler):
     """Answers as vLLM does."""
 
@@ -64,7 +68,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+    with Queue(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

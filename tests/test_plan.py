@@ -55,7 +55,7 @@ def test_what_a_store_has_already_costs_nothing(recipe: Recipe, tars: str, tmp_p
 def test_a_card_that_is_not_here_is_reckoned_by_flops(recipe: Recipe, tars: str, tmp_path: Path) -> None:
     slow, fast = (plan(tars, str(tmp_path / "s"), recipe, OPTIONS, card) for card in ("L4", "H100"))
     assert slow.hours / fast.hours == pytest.approx(989 / 121)
-    assert fast.measured_on == "H100, by FLOPs at 55% of its rate"
+    assert fast.measured_on == "H100, by FLOPs at 45% of its rate"
     measured = plan(tars, str(tmp_path / "s"), recipe, OPTIONS)
     assert measured.stages["vit, 3 views"]["tflop"] == pytest.approx(fast.stages["vit, 3 views"]["tflop"])
     with pytest.raises(ConfigError, match="no figures of a card 'H1000'; there are those of A100, H100"):
