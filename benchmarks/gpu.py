@@ -10,7 +10,7 @@
     teachers    their towers: autocast, weights held in bfloat16, compiled; ms, cosine to float32; which kernels take it
     captions    CoCa: first call, cached decoding under autocast and with weights held, open_clip's way
     losses      of a large batch, forwards and backwards, against whole matrices
-    latency     NAME, a student: batch 1 and 256, eager and compiled, by train.latency
+    latency     NAME, a student: batch 256, eager and compiled, by train.latency
     training    a step of a student in bfloat16 from the store of `run`, against one without teachers
     table       what the steps said, in lines
 
