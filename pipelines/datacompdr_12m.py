@@ -1,8 +1,8 @@
 """DataCompDR-12M: 30 views and 5 captions per image, two ViT-L/14 teachers (MobileCLIP, section 4).
 
 Command: make reinforce RECIPE=datacompdr_12m SHARDS='s3://bucket/datacomp_12m/{00000000..00001023}.tar' STORE=s3://..
-Machine: planned for a few H100-class GPUs; not run. Estimated from FLOPs at 55 % of the card's peak: 83 GPU-hours
-         for 12.8 M images.
+Machine: planned for a few H100-class GPUs; not run. At the 44 images/s that one H100 reached with random weights
+         (docs/results/gpu.md): 81 GPU-hours for 12.8 M images.
 Store:   about 1.1 TB (36 embeddings of 2 x 768 bfloat16 per sample, 110.6 kB, compressed to about three quarters).
 """
 

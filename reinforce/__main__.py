@@ -61,7 +61,8 @@ AttemptsOption = Annotated[int, typer.Option(help="tries per shard")]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        help="threads per worker that decode and make views; by default 2, and with a GPU its cores, at most 8"
+        help="threads per worker that decode and augment; by default 2, and with a GPU its share of the cores, at "
+        "most 8"
     ),
 ]
 BytesOption = Annotated[

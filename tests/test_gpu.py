@@ -150,6 +150,22 @@ def test_threads_are_the_share_of_a_gpu(cores: int, gpus: int, expected: int, mo
     assert loaded.decode_threads(CPU) == 2
 
 
+@pytest.mark.parametrize(("where", "there", "told"), [(CUDA, False, True), (CUDA, True, False), (CPU, False, False)])
+def test_a_gpu_without_numba_is_told(
+    where: torch.device,
+    there: bool,
+    told: bool,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for model in ("Teacher", "Captioner"):
+        monkeypatch.setattr(loaded, model, lambda *_: None)
+    monkeypatch.setattr(loaded.resize, "has_numba", lambda: there)
+    loaded.Loaded(recipe, where, RunOptions())
+    assert ("without numba a GPU waits for views" in caplog.text) == told
+
+
 def test_threads_that_are_asked_for_are_taken(recipe: Recipe, tmp_path: Path) -> None:
     assert Worker(recipe, str(tmp_path / "a"), RunOptions(device="cpu", decode_threads=5)).loaded.threads == 5
     assert Worker(recipe, str(tmp_path / "b"), RunOptions(device="cpu")).loaded.threads == 2

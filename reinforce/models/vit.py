@@ -1,7 +1,7 @@
 """Transformer blocks of a held model, which only answers: what open_clip's do, in fewer passes over a GPU's memory.
 
 A block is four products, with attention in between. Each sum, norm and activation between two of them is a pass over
-memory, and together they took a third of a ViT-L/14's time (docs/results/gpu.md). So here
+memory, and together they took a quarter of a ViT-L/14's time (docs/results/gpu.md). So here
 - what a branch gives is added to the stream by its last product, at no cost. The bias of that product cannot be added
   there as well: the stream goes without the biases of all branches so far, and norms add their sum, one vector.
 - the activation belongs to the product before it.
