@@ -106,7 +106,7 @@ class SSDMixer(nn.Module):
         values = values.reshape(*values.shape[:2], -1, self.head_width)
         steps = F.softplus(steps.float() + self.step_bias)
         y = ssd(values, steps, -self.log_decay.exp(), keys, queries)
-        y = (y + values * self.skip.to(values.dtype).unsqueeze(-1)).reshape(-1, *grid, gate.shape[-1])
+        y = torch.addcmul(y, values, self.skip.to(values.dtype).unsqueeze(-1)).reshape(-1, *grid, gate.shape[-1])
         if self.by_columns:
             y = y.transpose(1, 2)
         out: Tensor = self.project_out(self.norm(y * F.silu(gate)))
