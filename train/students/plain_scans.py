@@ -123,12 +123,13 @@ def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: in
     before, total = until - log_decays, until[..., -1:]
     inputs = (x * dt.unsqueeze(-1)).transpose(2, 3).contiguous()  # (b, chunks, H, chunk, P)
     B, C = B.unsqueeze(2), C.unsqueeze(2)  # for all heads
-    y = ((C @ B.mT) * _decays(until, before)).to(x.dtype) @ inputs.to(x.dtype)
+    near = ((C @ B.mT) * _decays(until, before)).to(x.dtype)
+    y = near.flatten(0, 2) @ inputs.to(x.dtype).flatten(0, 2)  # (b chunks H, chunk, P)
     for into, out, backwards in ((total - until, until, False), (before, total - before, True)):
         handed_on = (B * into.exp().unsqueeze(-1)).to(inputs.dtype).mT @ inputs  # (b, chunks, H, N, P)
         carried = _carried(handed_on, total.exp().unsqueeze(-1), backwards)
-        y = _add_product(y, (C * out.exp().unsqueeze(-1)).to(carried.dtype), carried)
-    return y.transpose(2, 3).flatten(1, 2)[:, :length]
+        y = _add_product(y, (C * out.exp().unsqueeze(-1)).to(carried.dtype).flatten(0, 2), carried.flatten(0, 2))
+    return y.view(inputs.shape).transpose(2, 3).flatten(1, 2)[:, :length]
 
 
 def _decays(until: Tensor, before: Tensor) -> Tensor:
@@ -145,10 +146,8 @@ def _decays(until: Tensor, before: Tensor) -> Tensor:
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`y + a @ b`, in one pass over y where the types are one."""
-    if a.dtype != y.dtype:
-        return y + (a @ b).to(y.dtype)
-    return torch.baddbmm(y.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3)).view(y.shape)
+    """`y + a @ b`, written over y where all are of one type."""
+    return y.baddbmm_(a, b) if a.dtype == y.dtype else y + (a @ b).to(y.dtype)
 
 
 def _chunked(t: Tensor, missing: int, chunk: int) -> Tensor:
