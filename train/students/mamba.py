@@ -50,7 +50,12 @@ class Depthwise(Conv):
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         x = super().forward(x)
-        return F.silu(x) if silu else x
+        return _silu(x) if silu else x
+
+
+def _silu(x: Tensor) -> Tensor:
+    """Written over x where no gradient needs it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class Local(nn.Module):
@@ -96,7 +101,8 @@ class SSDMixer(nn.Module):
         self.project_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, mixed, steps = torch.split(self.project_in(x), self.splits, dim=-1)
+        # Three products and not one that is split: what follows would copy its parts to read them.
+        gate, mixed, steps = (F.linear(x, rows) for rows in torch.split(self.project_in.weight, self.splits))
         mixed = self.local(mixed, silu=True)
         if self.by_columns:
             mixed, steps = mixed.transpose(1, 2), steps.transpose(1, 2)
@@ -109,7 +115,7 @@ class SSDMixer(nn.Module):
         y = torch.addcmul(y, values, self.skip.to(values.dtype).unsqueeze(-1)).reshape(-1, *grid, gate.shape[-1])
         if self.by_columns:
             y = y.transpose(1, 2)
-        out: Tensor = self.project_out(self.norm(y * F.silu(gate)))
+        out: Tensor = self.project_out(self.norm(y * _silu(gate)))
         return out
 
 
