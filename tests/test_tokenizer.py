@@ -66,6 +66,13 @@ def test_so_they_are_of_any_text(text: str) -> None:
     assert same(text)
 
 
+@given(st.text(st.characters(max_codepoint=127), max_size=400))
+@settings(deadline=None, max_examples=120)
+def test_so_they_are_of_texts_that_look_plain(text: str) -> None:
+    """Which may have HTML's entities, tabs and control characters in them."""
+    assert same(text)
+
+
 @pytest.mark.parametrize("text", ["", "a dog", "A caf&eacute; &amp; bar <end_of_text> x", "word " * 3000, "don't" * 99])
 def test_so_they_are_of_ordinary_ones(text: str) -> None:
     assert same(text)

@@ -19,6 +19,7 @@ from reinforce.models.weights import OFFLINE
 MAX_LETTERS = 1 << 16  # of a text that is looked at
 LONG = 256  # letters of a word that is read in part, if that gives enough tokens
 MAX_WORDS = 1 << 16  # that are remembered
+_LOWER = open_clip.tokenizer.get_clean_fn("lower")
 
 
 class SimpleTokenizer(open_clip.tokenizer.SimpleTokenizer):
@@ -93,4 +94,8 @@ def get_tokenizer(model: str) -> Any:
 
 
 def _cleaned(clean: Callable[[str], str], text: str) -> str:
-    return clean(text[:MAX_LETTERS])
+    """As open_clip's `clean` cleans it. Most texts are plain, which have nothing that ftfy or HTML could mend."""
+    text = text[:MAX_LETTERS]
+    if clean is _LOWER and text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split()).lower()
+    return clean(text)

@@ -26,7 +26,8 @@ from reinforce.errors import SampleError
 
 T = TypeVar("T")
 Seen: TypeAlias = dict[str, np.ndarray]  # what captioners see of a picture, by their names
-Made: TypeAlias = list[tuple[np.ndarray, dict[int, np.ndarray]]]  # of each view: parameters (P,), pixels of each size
+# Of each view: parameters (P,), pixels of each size, and the hash of those of the size that is hashed.
+Made: TypeAlias = list[tuple[np.ndarray, dict[int, np.ndarray], int]]
 
 ROOM_BYTES = 1 << 30  # of a worker on a CPU
 ROWS_AT_ONCE = 4  # of a batch, whose views a thread makes in one go: to hand over each would cost much of a small view
@@ -137,11 +138,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class View:
-    """View `index` of a batch of n samples: `params` (n, P) and, for each side in pixels, uint8 (n, side, side, 3)."""
+    """View `index` of a batch of n samples: `params` (n, P); for each side in pixels uint8 (n, side, side, 3); and
+    `hashes` (n,) uint64 of the pixels of one side, or 0."""
 
     index: int
     params: np.ndarray
     pixels: dict[int, np.ndarray]
+    hashes: np.ndarray
 
 
 def batches(
@@ -188,9 +191,17 @@ def batches(
 
 
 def views(
-    batch: Batch, view_set: ViewSet, set_name: str, seed: int, sides: Iterable[int], pool: Executor, num_bytes: int
+    batch: Batch,
+    view_set: ViewSet,
+    set_name: str,
+    seed: int,
+    sides: Iterable[int],
+    pool: Executor,
+    num_bytes: int,
+    hashed: int | None = None,
 ) -> Iterator[View]:
-    """The views of a batch, one index after the other, each replayed at every size that a model needs.
+    """The views of a batch, one index after the other, each replayed at every size that a model needs. `hashed`: the
+    side, one of `sides`, at which their pixels are hashed.
 
     Where a picture of the batch was not kept, as many views are made at a time as take `num_bytes`, and at least one.
     """
@@ -201,7 +212,11 @@ def views(
         params = [augment.draw(view_set, seed, set_name, key, index, size) for index in indices]
 
         def replayed(picture: resize.Picture) -> Made:
-            return [(p, {side: augment.replay(picture, p, size, side) for side in sides}) for p in params]
+            made = []
+            for p in params:
+                pixels = {side: augment.replay(picture, p, size, side) for side in sides}
+                made.append((p, pixels, 0 if hashed is None else augment.pixel_hash(pixels[hashed])))
+            return made
 
         return batch.use(row, replayed)
 
@@ -217,8 +232,9 @@ def views(
         made = [of_sample for group in pool.map(partial(several, indices), groups) for of_sample in group]
         for place, index in enumerate(indices):
             of_all = [of_sample[place] for of_sample in made]
-            pixels = {side: np.stack([replayed[side] for _, replayed in of_all]) for side in sides}
-            yield View(index, np.stack([params for params, _ in of_all]), pixels)
+            pixels = {side: np.stack([replayed[side] for _, replayed, _ in of_all]) for side in sides}
+            params, hashes = [params for params, _, _ in of_all], [proof for _, _, proof in of_all]
+            yield View(index, np.stack(params), pixels, np.array(hashes, np.uint64))
         del made  # before the next are made
 
 

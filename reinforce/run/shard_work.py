@@ -74,7 +74,7 @@ class ShardWork:
                 texts[name] = self._captions(name, batch)
         tokens = pool.submit(self._tokens, texts)  # meanwhile the device works at the views
         for name, views_of_set in views_ahead.items():
-            self._views(name, batch, views_of_set, pool)
+            self._views(name, batch, views_of_set)
         self._texts(texts, tokens.result())
 
     def commit(self, stamp: dict[str, int | str]) -> bool:
@@ -171,17 +171,17 @@ class ShardWork:
         """The views that are wanted, which begin to be made now."""
         view_set = self.recipe.view_sets[name]
         sides = {self.loaded.teachers[teacher].image_px for teacher in self._asked("view", name).values()}
-        if Column("view", name, "pixels") in self.answers:
-            sides.add(view_set.view_px)
+        hashed = view_set.view_px if Column("view", name, "pixels") in self.answers else None
+        if hashed:
+            sides.add(hashed)
         if not sides and Column("view", name, "augment") not in self.answers:
             return iter(())
         num_bytes = self.loaded.room.num_bytes // len(self.recipe.view_sets)
-        made = views(batch, view_set, name, self.recipe.seed, sides, pool, num_bytes)
+        made = views(batch, view_set, name, self.recipe.seed, sides, pool, num_bytes, hashed)
         return ahead(made, self.loaded.views_ahead)
 
-    def _views(self, name: str, batch: Batch, views_of_set: Iterator[View], pool: Executor) -> None:
-        asked, view_px = self._asked("view", name), self.recipe.view_sets[name].view_px
-        augment_column, pixels_column = Column("view", name, "augment"), Column("view", name, "pixels")
+    def _views(self, name: str, batch: Batch, views_of_set: Iterator[View]) -> None:
+        asked, augment_column = self._asked("view", name), Column("view", name, "augment")
         before: tuple[int, Answers] | None = None  # taken one view late, so that the device always has work
         for view in views_of_set:
             if augment_column in self.committed and not np.array_equal(
@@ -190,9 +190,7 @@ class ShardWork:
                 raise self._other_tar("its views have other parameters now: its images have other sizes")
             encoded = self.loaded.ensemble.encode_images(asked.values(), view.pixels)
             self._add(augment_column, view.index, view.params)
-            if pixels_column in self.answers:
-                hashes = pool.map(augment.pixel_hash, view.pixels[view_px])
-                self._add(pixels_column, view.index, np.fromiter(hashes, np.uint64))
+            self._add(Column("view", name, "pixels"), view.index, view.hashes)
             if before:
                 self._add_all(asked, before[0], before[1]())
             before = view.index, encoded
