@@ -291,6 +291,10 @@ def test_an_image_of_another_size_is_refused_and_both_sizes_are_said() -> None:
     for size in ((374, 500), (375, 501), (500, 375), (750, 1000)):
         with pytest.raises(ReplayError, match=f"375 x 500 .* {size[0]} x {size[1]}"):
             augment.replay(picture(0, *size), draw(), (375, 500), 224)
+    pixels = np.array(picture(0, 375, 500))
+    for array in (pixels, pixels[:, :, 0], pixels[:, :, 0].astype(np.int64)):
+        with pytest.raises(ReplayError, match=r"of an array: Image\.fromarray"):
+            augment.replay(array, draw(), (375, 500), 224)
     with pytest.raises(ReplayError, match=r"RGB .* is L of"):
         augment.replay(picture(0, 375, 500).convert("L"), draw(), (375, 500), 224)
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,14 @@ def test_rows_for_every_tower_size_and_batch(two_threads: None, caplog: pytest.L
     text = latency.table(rows)
     assert text.count("mamba_tiny") == 6 and "0.90" in text and "eager, 2 repeats" in text
     json.dumps([asdict(row) for row in rows])
+
+
+def test_without_a_size_a_student_is_measured_at_its_own(tmp_path: Path) -> None:
+    """A row names what was asked for: trained students all lie in folders that are called `student`."""
+    folder = tmp_path / "first" / "student"
+    students.create("mamba_tiny").save(folder)
+    rows = latency.measure([str(folder), "mobileclip_s0_tiny"], batches=[1], repeats=2, towers=["image"])
+    assert [(row.student, row.size) for row in rows] == [(str(folder), 64), ("mobileclip_s0_tiny", 64)]
 
 
 def test_params_are_those_of_the_folded_towers() -> None:

@@ -251,6 +251,13 @@ def test_a_student_with_the_hybrid_text_tower_is_an_open_clip_folder() -> None:
     assert not any(p.requires_grad for p in model.text.parameters())
 
 
+def test_a_folder_without_its_words_is_told_of(tmp_path: Path) -> None:
+    student("mamba_tiny").save(tmp_path)
+    (tmp_path / "bpe.txt.gz").unlink()
+    with pytest.raises(ConfigError, match=f"no bpe.txt.gz in {tmp_path}, .*copy a model's folder as a whole"):
+        students.create(str(tmp_path))
+
+
 def test_the_hybrid_text_tower_reads_both_ways() -> None:
     """A word after the end token reaches it by convolution and by attention: that is what non-causal means."""
     model = copy.deepcopy(student("mobileclip_s0_tiny").model).eval()

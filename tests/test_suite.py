@@ -114,7 +114,10 @@ def test_what_cannot_be_told_apart_or_is_not_there(tmp_path: Path) -> None:
         (tmp_path / name / "test/nshards.txt").write_text("1")
     with pytest.raises(ConfigError, match=r"vtab/cifar10 and .*wds_cifar10_test are both CIFAR-10"):
         find(str(tmp_path))
-    with pytest.raises(ConfigError, match="holds none of DataComp's tasks"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty holds none of DataComp's tasks"):
+        find(str(tmp_path / "empty"))
+    with pytest.raises(ConfigError, match="none is not there, so it holds none of DataComp's tasks"):
         find(str(tmp_path / "none"))
 
 

@@ -197,7 +197,10 @@ def report(
 @app.command()
 def latency(
     students: Annotated[list[str], typer.Argument(metavar="STUDENT", help="names of the table, or folders")],
-    size: Annotated[list[int], typer.Option(min=1, help="pixels per side of an image; may be repeated")] = [256, 512],
+    size: Annotated[
+        list[int],
+        typer.Option(min=1, help="pixels per side of an image; may be repeated (default: each student's own)"),
+    ] = [],
     batch: Annotated[list[int], typer.Option(min=1, help="images or texts per call; may be repeated")] = [1],
     repeats: Annotated[int, typer.Option(min=2, help="calls that are timed, after the warm-up")] = 20,
     device: DeviceOption = "auto",

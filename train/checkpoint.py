@@ -103,7 +103,7 @@ def _read(path: Path, config: LoopConfig, data: str) -> tuple[int, dict[str, dic
         raise Corrupt(f"checkpoint {error}; remove it to go on from the one before") from error
     found = differences(json.loads(metadata["config"]), config, path)
     if metadata["data"] != data:
-        found.append("  the data: it learned from other samples, or their content has changed")
+        found.append("  the data: other samples, other content, or --data where it was --shards and --store")
     if found:
         raise ConfigError(
             f"{path} belongs to a training with other settings:",

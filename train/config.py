@@ -9,6 +9,7 @@ from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, 
 from reinforce.recipes import load
 
 LARGEST_SEED = 2**63 - 1  # torch takes no more than twice that
+LARGEST_RATE = 1e3  # far beyond what learns; far below what float32 cannot hold
 Reporter = Literal["tensorboard", "wandb"]
 
 
@@ -128,15 +129,15 @@ class TrainConfig(LoopConfig):
     accum_freq: int = Field(1, ge=1, description="pieces in which a rank computes its share of a step, to save memory")
     epochs: float = Field(20, gt=0, description="passes over the data")
     steps: int | None = Field(None, ge=1, description="length in steps; where it is given, epochs do not count")
-    lr: float = Field(1e-3, gt=0)
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    lr: float = Field(1e-3, gt=0, le=LARGEST_RATE)
+    min_lr: float = Field(0.0, ge=0, le=LARGEST_RATE, description="learning rate at the end of the cosine")
     warmup: int | None = Field(
         None, ge=0, description="steps of linear warm-up; by default a tenth of the training, at most 1000"
     )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
-    wd: float = Field(0.2, ge=0)
+    wd: float = Field(0.2, ge=0, le=LARGEST_RATE)
     grad_clip_norm: float | None = Field(1.0, gt=0)
     ema_decay: float = Field(
         0.0,

@@ -104,7 +104,7 @@ def count(tower: nn.Module, inputs: Tensor) -> tuple[float, float]:
 
 def measure(
     names: Iterable[str],
-    sizes_px: Iterable[int] = (256,),
+    sizes_px: Iterable[int] = (),
     batches: Iterable[int] = (1, 256),
     repeats: int = 50,
     device: str = "cpu",
@@ -114,8 +114,9 @@ def measure(
 ) -> list[Row]:
     """Rows for every student, its image tower at every size that it takes, its text tower, and every batch.
 
-    names: of the table, or folders. bf16 is weights and activations, without autocast. A size that a student does not
-    take is logged and has no rows. Raises ConfigError for a name that is neither.
+    names: of the table, or folders. sizes_px: without any, each student's own. bf16 is weights and activations, without
+    autocast. A size that a student does not take is logged and has no rows. Raises ConfigError for a name that is
+    neither.
     """
     place = torch.device(device)
     jobs = _jobs(names, sizes_px, batches, repeats, place, precision, compiled, set(towers))
@@ -211,7 +212,8 @@ def _jobs(
         num_text = _num_params(model) - num_image - model.logit_scale.numel()
         tokens = student.tokenizer(["a photo of a dog"])
         inputs: list[tuple[Tower, int, nn.Module, int, Tensor]] = [
-            ("image", size, model.visual, num_image, torch.rand(1, 3, size, size)) for size in sizes_px
+            ("image", size, model.visual, num_image, torch.rand(1, 3, size, size))
+            for size in sizes_px or [student.image_px]
         ]
         inputs.append(("text", tokens.shape[1], _TextTower(model), num_text, tokens))
         for kind, size, tower, params, one in inputs:
@@ -220,13 +222,13 @@ def _jobs(
             try:
                 gflops, gops = count(tower, one)
             except (AssertionError, RuntimeError, ValueError) as error:  # what towers of timm, open_clip and ours raise
-                log.warning("%s takes no images of %d px: %s", student.name, size, error)
+                log.warning("%s takes no images of %d px: %s", name, size, error)
                 continue
             work = (params, gflops, gops, repeats, precision, compiled, machine(place))
             ready = copy.deepcopy(tower).to(place, dtype).eval()
             for batch in batches:
                 many = one.expand(batch, *one.shape[1:]).contiguous().to(place, dtype if kind == "image" else None)
-                row = Row(student.name, kind, size, batch, None, None, None, *work)
+                row = Row(name, kind, size, batch, None, None, None, *work)
                 yield _Job(row, ready, many)
                 if kind == "image" and not compiled:
                     turned: Any = copy.deepcopy(ready)

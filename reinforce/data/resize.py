@@ -6,6 +6,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from reinforce.errors import ReplayError
+
 log = logging.getLogger(__name__)
 
 Picture = Image.Image | np.ndarray
@@ -18,9 +20,11 @@ def ready(picture: Image.Image) -> Picture:
 
 
 def mode_and_size(picture: Picture) -> tuple[str, int, int]:
-    """Pillow's mode, height and width in pixels."""
+    """Pillow's mode, height and width in pixels. Raises ReplayError where it is no picture."""
     if isinstance(picture, Image.Image):
         return picture.mode, picture.height, picture.width
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint32 or picture.ndim != 2:
+        raise ReplayError("a picture is Pillow's, or what `resize.ready` made of one; of an array: Image.fromarray")
     return "RGB", *picture.shape
 
 

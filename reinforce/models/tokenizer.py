@@ -75,6 +75,8 @@ def get_tokenizer(model: str) -> Any:
         folder = Path(model.removeprefix("local-dir:"))
         text_cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
         vocabulary = text_cfg.get("tokenizer_kwargs", {}).get("bpe_path")
+        if vocabulary and not (folder / vocabulary).is_file():
+            raise ConfigError(f"no {vocabulary} in {folder}, the words of its texts: copy a model's folder as a whole")
         if vocabulary:
             own = {"bpe_path": str(folder / vocabulary)}
     try:

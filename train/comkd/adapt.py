@@ -32,7 +32,7 @@ from train import checkpoint
 from train.average import Average
 from train.comkd.base_to_novel import base_to_novel, check_classes, num_base
 from train.comkd.shots import Labelled, draw_shots
-from train.config import LARGEST_SEED, LoopConfig
+from train.config import LARGEST_RATE, LARGEST_SEED, LoopConfig
 from train.distributed import Ranks
 from train.evaluation.folder import NSHARDS, Folder
 from train.evaluation.metrics import Metrics, embed_classes, embed_images
@@ -68,7 +68,9 @@ class AdaptConfig(LoopConfig):
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(8, ge=1)
-    lr: float = Field(0.005, gt=0, description="SGD with momentum; a cosine over the epochs, the first at 1e-5")
+    lr: float = Field(
+        0.005, gt=0, le=LARGEST_RATE, description="SGD with momentum; a cosine over the epochs, the first at 1e-5"
+    )
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: a teacher without its weights, to try shapes and memory"

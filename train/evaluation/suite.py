@@ -123,7 +123,7 @@ class SuiteReport:
 
 def evaluate_suite(student: Embedder, folder: str, batch_size: int = 256, precision: Precision = "fp32") -> SuiteReport:
     """Score a student, which is in eval mode, on every task of DATACOMP that `find` finds in a folder. A task that
-    cannot be read is told of and costs itself. Raises ConfigError where there is none."""
+    cannot be read is told of and costs itself. Raises ConfigError where there is no task, or no folder."""
     found = find(folder)
     report = SuiteReport(folder)
     report.absent = [task.name for task in DATACOMP if task not in found and task.name not in NOT_HERE]
@@ -160,8 +160,9 @@ def find(folder: str) -> dict[Task, str]:
         if task:
             found[task] = f"{top.url}/{path}"
     if not found:
+        lacks = "holds" if top.exists("") else "is not there, so it holds"
         raise ConfigError(
-            f"{folder} holds none of DataComp's tasks; they are folders in CLIP_benchmark's layout, called as "
+            f"{folder} {lacks} none of DataComp's tasks; they are folders in CLIP_benchmark's layout, called as "
             f"{', '.join(task.key for task in DATACOMP[:3])} or wds_{DATACOMP[0].key.replace('/', '-')}_test"
         )
     return {task: found[task] for task in DATACOMP if task in found}
