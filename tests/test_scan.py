@@ -49,6 +49,11 @@ def test_forms_of_ssd_agree(batch: int, length: int, heads: int, strength: float
     assert distance(chunks, expected) < TOLERANCE
 
 
+def test_a_batch_of_none_has_no_answers() -> None:
+    args = [t[:0] if t.ndim > 1 else t for t in inputs(1, 9, 2, 1.0)]
+    assert plain_scans.ssd_chunks(*args, chunk=4).shape == args[0].shape
+
+
 def test_ssd_sees_as_far_back_as_ahead() -> None:
     args = inputs(2, 9, 2, 1.0)
     backwards = [t.flip(1) if t.ndim > 1 else t for t in args]

@@ -251,6 +251,18 @@ def test_a_student_with_the_hybrid_text_tower_is_an_open_clip_folder() -> None:
     assert not any(p.requires_grad for p in model.text.parameters())
 
 
+def test_a_student_of_oblong_images_is_refused(tmp_path: Path) -> None:
+    student("mamba_tiny").save(tmp_path)
+    (tmp_path / students.WEIGHTS).unlink()
+    described = json.loads((tmp_path / students.CONFIG).read_text())
+    described["model_cfg"]["vision_cfg"]["image_size"] = [64, 16]
+    described.pop("preprocess_cfg", None)
+    (tmp_path / students.CONFIG).write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"64 x 16 pixels; here they are square: .* or force_image_size"):
+        students.create(str(tmp_path))
+    assert students.create(str(tmp_path), force_image_size=64).image_px == 64
+
+
 def test_a_folder_without_its_words_is_told_of(tmp_path: Path) -> None:
     student("mamba_tiny").save(tmp_path)
     (tmp_path / "bpe.txt.gz").unlink()

@@ -102,6 +102,8 @@ def test_wrong_requests_are_exit_2_with_a_sentence(reinforced: Reinforced, train
         (["fit", *asked, "--student", "mamba_tinny"], "did you mean mamba_tiny"),
         (["fit", *asked, "--recipe", "sampel"], "did you mean sample"),
         (["fit", *asked, "--set", "leaning_rate=1"], "no key 'leaning_rate'"),
+        (["fit", *asked, "--set", 'report_to=["wandb"]'], "wandb is not installed: pip install wandb"),
+        (["fit", *asked[4:], "--set", "shards=nowhere.tar", "--set", "store=nowhere"], "nowhere.tar: names no file"),
         (
             ["fit", *asked, "--set", "global_batch_size=9"],
             "places in the data that are read side by side; --set streams=1 fits",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from tests import tiny
 from tests.conftest import Reinforced
 from tests.processes import ROOT
 from train import checkpoint, students
-from train.config import TrainConfig
+from train.config import TrainConfig, load_training, taking_the_place
 from train.folder import check_folder
 from train.trainer import _Fit, fit, lr_at
 
@@ -85,11 +86,44 @@ def test_what_a_run_leaves(reinforced: Reinforced, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["lr=1e38", "min_lr=1e38", "wd=1e38", "eps=1e-300", "epochs=1e300", "steps=10000000000000", "feature_mse=1e300"]
+    + ["dist_logit_scale.vit=1e300", "grad_clip_norm=1e-300"],
+)
+def test_numbers_that_float32_cannot_hold_are_refused_at_once(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting.split('=')[0]}.*should be (less|greater) than or equal to"):
+        load_training(None, [setting])
+
+
+@pytest.mark.parametrize(
+    ("shards", "store", "data", "becomes"),
+    [
+        (None, None, None, ("own.tar", "own.zarr", [])),
+        ("a.tar", None, None, ("a.tar", "own.zarr", [])),
+        (None, "s.zarr", None, ("own.tar", "s.zarr", [])),
+        ("a.tar", "s.zarr", None, ("a.tar", "s.zarr", [])),
+        (None, None, [{"shards": "b.tar"}], ("", None, ["b.tar"])),
+    ],
+)
+def test_what_a_request_names_takes_the_place_of_the_recipe_s(
+    shards: str | None, store: str | None, data: list[dict[str, str]] | None, becomes: tuple[object, ...]
+) -> None:
+    recipe = TrainConfig(shards="own.tar", store="own.zarr").model_dump()
+    asked = ({"data": data} if data else {}) | taking_the_place(shards, store, data)
+    found = TrainConfig.model_validate(recipe | asked)
+    assert (found.shards, found.store, [part.shards for part in found.data]) == becomes
+    of_parts = TrainConfig(data=[{"shards": "c.tar"}]).model_dump()
+    if shards:
+        assert not TrainConfig.model_validate(of_parts | taking_the_place(shards, store, None)).data
+
+
 class FakeWandb(ModuleType):
     """What is asked of wandb, which has no server here."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
         self.begun: list[dict[str, Any]] = []
         self.logged: list[tuple[int, dict[str, Any]]] = []
         self.Image = lambda pixels, caption: (pixels.shape, caption)
@@ -413,7 +447,7 @@ def test_a_checkpoint_of_another_training(reinforced: Reinforced, tmp_path: Path
     with pytest.raises(ConfigError, match=r"lr: it was 0.001, this run asks for 0.1"):
         fit(config(reinforced, steps=2, lr=0.1), tmp_path)
     fewer = config(reinforced, steps=2, shards=reinforced.shards.rpartition("::")[0])
-    with pytest.raises(ConfigError, match=r"the data: it learned from other samples"):
+    with pytest.raises(ConfigError, match=r"the data: other samples, other content"):
         fit(fewer, tmp_path)
     (path,) = (tmp_path / "checkpoints").iterdir()
     path.write_bytes(path.read_bytes()[:100])

@@ -14,7 +14,7 @@ __all__ = ["OpenClipData", "ReinforcedDataset", "fit"]
 
 def fit(
     *,
-    shards: str = "",
+    shards: str | None = None,
     store: str | PathLike[str] | None = None,
     out: str | PathLike[str],
     recipe: str | PathLike[str] | None = None,
@@ -23,8 +23,8 @@ def fit(
     """Train a student into the folder `out`, as `clip-train fit` does; called again, it goes on where it stopped.
 
     shards: tars: braces, '*', several joined by '::', paths or fsspec URLs. store: what teachers know of these tars;
-    None is plain CLIP training, which needs `distill=0`. recipe: the name or path of a file with a TRAINING; None takes
-    the defaults.
+    without one it is plain CLIP training, which needs `distill=0`. None of both: those of the recipe. recipe: the name
+    or path of a file with a TRAINING; None takes the defaults.
     settings: any of train.config.TrainConfig, over those of the recipe: `student="vit_tiny", lr=1e-3, epochs=5, ..`;
     `data=[{"shards": .., "store": .., "weight": 2}, ..]` takes the place of `shards` and `store`.
 
@@ -34,11 +34,11 @@ def fit(
     from pathlib import Path
 
     from reinforce.config import parse
-    from train.config import TrainConfig, load_training
+    from train.config import TrainConfig, load_training, taking_the_place
 
     base = load_training(None if recipe is None else fspath(recipe))
-    asked = settings | {"shards": shards, "store": None if store is None else fspath(store)}
-    config = parse(TrainConfig, base.model_dump() | asked, "train.fit")
+    where = taking_the_place(shards, None if store is None else fspath(store), settings.get("data"))
+    config = parse(TrainConfig, base.model_dump() | settings | where, "train.fit")
     from train.trainer import fit as fit_student
 
     return fit_student(config, Path(out))

@@ -28,7 +28,7 @@ from reinforce.terminal import (
     typed,
 )
 from train.comkd import commands as comkd
-from train.config import TrainConfig, load_training
+from train.config import TrainConfig, load_training, taking_the_place
 from train.options import EVAL_HELP, EvalOption, eval_sets, show_report
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def fit(
     """Train a student on tars and what a store knows of them. Run it again to go on where it stopped."""
     with errors_as_sentences():
         config = load_training(recipe, set_)
-        asked: dict[str, Any] = {"shards": shards or "", "store": store}
-        asked |= {"data": _data(data, weight)} if data or weight else {}
+        asked: dict[str, Any] = {"data": _data(data, weight)} if data or weight else {}
+        asked |= taking_the_place(shards, store, asked.get("data"))
         asked |= {"student": student} if student else {}
         asked |= {"eval_sets": eval_sets(eval_)} if eval_ else {}
         config = parse(TrainConfig, config.model_dump() | asked, "the request")
@@ -205,7 +205,7 @@ def latency(
     repeats: Annotated[int, typer.Option(min=2, help="calls that are timed, after the warm-up")] = 20,
     device: DeviceOption = "auto",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="type of weights and activations")] = "fp32",
-    threads: Annotated[int | None, typer.Option(min=1, help="of a CPU (default: all cores)")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="of a CPU (default: all cores)")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="run every tower through torch.compile")] = False,
     json_: JsonOption = False,
 ) -> None:

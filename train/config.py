@@ -1,7 +1,7 @@
 """Every setting of the trainer on one page. Where open_clip's trainer has the same setting, it has the same name."""
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -9,7 +9,8 @@ from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, 
 from reinforce.recipes import load
 
 LARGEST_SEED = 2**63 - 1  # torch takes no more than twice that
-LARGEST_RATE = 1e3  # far beyond what learns; far below what float32 cannot hold
+# Far beyond what learns, and small enough for float32 with what it is multiplied by.
+LARGEST_RATE, LARGEST_WEIGHT, LARGEST_SCALE = 1e30, 1e6, 1e4
 Reporter = Literal["tensorboard", "wandb"]
 
 
@@ -29,9 +30,11 @@ class ComkdConfig(_Finite):
         description="visual prompts per layer of a ViT whose weights are frozen (published: 4); 0: all weights learn",
     )
     prompt_depth: int = Field(9, ge=1, description="number of layers with prompts")
-    kl: float = Field(1.0, ge=0, description="weight of the KL divergence between the logits; 0 for none")
+    kl: float = Field(
+        1.0, ge=0, le=LARGEST_WEIGHT, description="weight of the KL divergence between the logits; 0 for none"
+    )
     tau: float = Field(1.0, gt=0, description="its temperature")
-    align: float = Field(1.0, ge=0, description="weight of IFAlign; 0 for none")
+    align: float = Field(1.0, ge=0, le=LARGEST_WEIGHT, description="weight of IFAlign; 0 for none")
     align_over: Literal["batch", "width"] = Field(
         "batch", description="what its means and variances are taken over: for each feature, or for each image"
     )
@@ -112,13 +115,15 @@ class TrainConfig(LoopConfig):
 
     # The loss: (1 - distill) x contrastive + distill x distillation + feature_mse x distance to the teachers' features.
     distill: float = Field(1.0, ge=0, le=1, description="MobileCLIP's lambda")
-    feature_mse: float = Field(0.0, ge=0, description="weight of the squared distance to the teachers' features")
+    feature_mse: float = Field(
+        0.0, ge=0, le=LARGEST_WEIGHT, description="weight of the squared distance to the teachers' features"
+    )
     feature_balance: bool = Field(
         False,
         description="each teacher's distance over the spread of its features, so that those whose features lie close "
         "together count as much",
     )
-    dist_logit_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    dist_logit_scale: dict[str, Annotated[float, Field(gt=0, le=LARGEST_SCALE)]] = Field(
         {}, description="by teacher: a logit scale to use in place of its own"
     )
 
@@ -127,8 +132,10 @@ class TrainConfig(LoopConfig):
     # Optimisation: AdamW, warm-up, cosine.
     global_batch_size: int = Field(1024, ge=2, description="samples per step, over all ranks and accumulated pieces")
     accum_freq: int = Field(1, ge=1, description="pieces in which a rank computes its share of a step, to save memory")
-    epochs: float = Field(20, gt=0, description="passes over the data")
-    steps: int | None = Field(None, ge=1, description="length in steps; where it is given, epochs do not count")
+    epochs: float = Field(20, gt=0, le=1_000_000, description="passes over the data")
+    steps: int | None = Field(
+        None, ge=1, le=10**12, description="length in steps; where it is given, epochs do not count"
+    )
     lr: float = Field(1e-3, gt=0, le=LARGEST_RATE)
     min_lr: float = Field(0.0, ge=0, le=LARGEST_RATE, description="learning rate at the end of the cosine")
     warmup: int | None = Field(
@@ -136,9 +143,9 @@ class TrainConfig(LoopConfig):
     )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-30, le=1)
     wd: float = Field(0.2, ge=0, le=LARGEST_RATE)
-    grad_clip_norm: float | None = Field(1.0, gt=0)
+    grad_clip_norm: float | None = Field(1.0, ge=1e-12)
     ema_decay: float = Field(
         0.0,
         ge=0,
@@ -206,6 +213,15 @@ class TrainConfig(LoopConfig):
     @property
     def learns_from_teachers(self) -> bool:
         return self.comkd is not None or self.distill + self.feature_mse > 0
+
+
+def taking_the_place(shards: str | None, store: str | None, data: object) -> dict[str, Any]:
+    """What is to learn from, where a request names it and its recipe, perhaps, something else: `data` takes the place
+    of a recipe's shards and store, and shards that of its data."""
+    if data:
+        return {"shards": shards or "", "store": store}
+    where: dict[str, Any] = {"shards": shards, "data": []} if shards else {}
+    return where if store is None else where | {"store": store}
 
 
 def load_training(name: str | None, overrides: list[str] = []) -> TrainConfig:

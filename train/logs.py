@@ -124,6 +124,19 @@ class Journal:
             self._wandb.finish()
 
 
+def check_reporters(config: LoopConfig) -> None:
+    """Before any work. Raises MissingExtra where one that is asked for is not installed."""
+    try:
+        if "tensorboard" in config.report_to:
+            import tensorboard  # noqa: F401
+        if "wandb" in config.report_to:
+            import wandb  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra(
+            f"{error.name} is not installed: pip install {error.name}, or leave it out of report_to"
+        ) from None
+
+
 def _resumed(path: Path, step: int) -> tuple[Any, list[dict[str, Any]]]:
     """The file of curves, without what a run that was stopped wrote after its last checkpoint; and its lines."""
     lines = path.read_text().splitlines() if path.exists() else []
@@ -133,18 +146,14 @@ def _resumed(path: Path, step: int) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtra("tensorboard is not installed: pip install tensorboard, or --set 'report_to=[]'") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _wandb(folder: Path, config: LoopConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise MissingExtra("wandb is not installed: pip install wandb, or leave it out of report_to") from None
+    import wandb
+
     # A training that goes on is the run that it was; another one in a folder of that name is another run.
     id_file = folder / WANDB_ID
     if not id_file.exists():

@@ -27,7 +27,7 @@ from train.distributed import Ranks, joined
 from train.evaluation.metrics import Metrics
 from train.evaluation.sets import EvalSet
 from train.folder import check_folder, say_ended
-from train.logs import Journal
+from train.logs import Journal, check_reporters
 from train.loop import Ended, Training
 from train.objective import ClipTrainee, Trainee, backward
 from train.students import Student, scan
@@ -73,6 +73,7 @@ class _Fit(Training[Batch]):
     def __init__(self, config: TrainConfig, out: Path, ranks: Ranks) -> None:
         self.config: TrainConfig = config
         self.out, self.ranks = out, ranks
+        check_reporters(config)
         _check_split(config, ranks)
         self.eval_sets = {name: EvalSet(url, files=config.caption_files) for name, url in config.eval_sets.items()}
         self.source = source_of(config)

@@ -38,6 +38,7 @@ from train.evaluation.folder import NSHARDS, Folder
 from train.evaluation.metrics import Metrics, embed_classes, embed_images
 from train.evaluation.sets import EvalSet
 from train.folder import check_folder, say_ended
+from train.logs import check_reporters
 from train.loop import Ended, Training
 from train.students import Student
 
@@ -154,6 +155,7 @@ class _Adaptation(Training[_Batch]):
     def __init__(self, config: AdaptConfig, out: Path) -> None:
         self.config: AdaptConfig = config
         self.out, self.ranks = out, Ranks(0, 1, pick_device(config.device))
+        check_reporters(config)
         if config.teacher is None:
             raise ConfigError("name the CLIP to adapt: --teacher MODEL --pretrained WEIGHTS, or a recipe that names it")
         self.teacher = config.teacher

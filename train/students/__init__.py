@@ -181,6 +181,13 @@ def create(name: str, seed: int = 0, force_image_size: int | None = None) -> Stu
                 f"student {folder}: open_clip cannot build it: {told}; see that {CONFIG} and {WEIGHTS} are whole and "
                 "belong together"
             ) from error
+    size = model.visual.preprocess_cfg["size"]
+    if not isinstance(size, int) and len(set(size)) > 1:
+        told = " x ".join(map(str, size))
+        raise ConfigError(
+            f"student {folder} sees images of {told} pixels; here they are square: set image_size to one number in its "
+            f"{CONFIG}, or force_image_size"
+        )
     _avoid_channels_last(model)
     return Student(Path(name).name, folder, model, get_tokenizer(f"local-dir:{folder}"))
 

@@ -153,7 +153,7 @@ def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _chunked(t: Tensor, missing: int, chunk: int) -> Tensor:
     """Steps of 0 are added, which neither add nor decay."""
     padded = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
-    return padded.reshape(t.shape[0], -1, chunk, *t.shape[2:])
+    return padded.reshape(t.shape[0], padded.shape[1] // chunk, chunk, *t.shape[2:])
 
 
 def _carried(states: Tensor, decays: Tensor, backwards: bool) -> Tensor:
