@@ -7,6 +7,7 @@
 Importing this package loads no torch, no Ray, no Zarr: each is loaded by the first call that needs it.
 """
 
+from collections.abc import Iterable
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Literal
 
@@ -54,7 +55,7 @@ _DEFAULTS = RunOptions()
 
 
 def write(
-    shards: str,
+    shards: str | PathLike[str] | Iterable[str | PathLike[str]],
     store: str | PathLike[str],
     recipe: Recipe | str | PathLike[str],
     *,
@@ -66,7 +67,8 @@ def write(
 ) -> "RunReport":
     """Write what the teachers of a recipe know about the shards into a store; what is there already is kept.
 
-    shards: tars: braces, '*', several joined by '::', paths or fsspec URLs. store: a local path or an fsspec URL.
+    shards: tars: braces, '*', several joined by '::' or in a list, paths or fsspec URLs. store: a local path or an
+    fsspec URL.
     recipe: a Recipe, the name of one of this project, or a path to a .py or .json file.
     workers: a number, 'MIN:MAX' or 'auto' of Ray workers; 0 works in this process, without Ray.
     max_invalid: share of bad samples at which a shard is refused. attempts: tries per shard.
@@ -74,6 +76,7 @@ def write(
     Raises ConfigError, MissingExtra and ManifestMismatch before any work. A shard that fails does not raise: it is in
     `failed` of the report, nothing of it is written, and the next call tries it again.
     """
+    from reinforce.data.shards import joined
     from reinforce.recipes import load_recipe
     from reinforce.run.driver import run
 
@@ -85,7 +88,7 @@ def write(
         "decode_threads": decode_threads,
     }
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(fspath(recipe))
-    return run(shards, fspath(store), loaded, parse(RunOptions, options, "reinforce.write"))
+    return run(joined(shards), fspath(store), loaded, parse(RunOptions, options, "reinforce.write"))
 
 
 def open_store(url: str | PathLike[str]) -> "StoreReader":

@@ -50,9 +50,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Config(BaseModel):
-    """Settings that are checked when they are made, and never changed after that."""
+    """Settings that are checked when they are made, and never changed after that. Their numbers are finite: with one
+    that is not, work would fail far from its cause."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def but(self, **changes: Any) -> Self:
         """The same settings with some of them replaced, checked as new ones are.
@@ -83,8 +84,8 @@ class ViewSet(Config):
     def _ranges(self) -> Self:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale {self.scale} must rise from above 0 to at most 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio {self.ratio} must rise from above 0")
+        if not 1e-3 <= self.ratio[0] <= self.ratio[1] <= 1e3:
+            raise ValueError(f"ratio {self.ratio} must rise from at least 0.001 to at most 1000")
         return self
 
 
@@ -154,7 +155,7 @@ class Captioner(Model):
     sampling: Literal["top_p", "top_k", "greedy"] = "top_p"
     top_p: float = Field(0.9, gt=0, le=1)
     top_k: int = Field(50, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1e-3, le=1e3)
     max_tokens: int = Field(30, ge=3, description="length with start and end token")
     min_tokens: int = Field(5, ge=1, description="the fewest tokens before the end token, with the start token")
 

@@ -14,6 +14,8 @@ import difflib
 import json
 import runpy
 import sys
+from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -106,14 +108,26 @@ def _tree(constant: str, name: str) -> Any:
 
 def _json(path: Path) -> Any:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         if not text.strip():
             raise ConfigError(f"recipe {path} is empty; begin with: clip-reinforce recipe NAME > {path}")
-        return json.loads(text)
+        return _loads(text)
     except FileNotFoundError:
         raise ConfigError(f"recipe {path}: no such file") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"recipe {path} is not JSON that can be read: {error}") from None
+
+
+def _loads(text: str) -> Any:
+    """JSON in which no key comes twice: of two, one would be lost without a word. Raises ValueError, RecursionError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = next((key for key, num in Counter(key for key, _ in pairs).items() if num > 1), None)
+        if twice is not None:
+            raise ValueError(f"it has the key '{twice}' twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _values(path: Path) -> dict[str, Any]:
@@ -124,7 +138,8 @@ def _values(path: Path) -> dict[str, Any]:
     beside = str(path.parent.resolve())
     sys.path.append(beside)
     try:
-        return runpy.run_path(str(path))
+        with redirect_stdout(sys.stderr):  # stdout is the command's answer
+            return runpy.run_path(str(path))
     except ValidationError as error:
         raise ConfigError(f"recipe {path}{_line(error, path)} is not valid:", *sentences(error)) from None
     except (Exception, SystemExit) as error:
@@ -151,8 +166,8 @@ def _override(tree: dict[str, Any], override: str, named: list[str]) -> None:
     if not equals:
         raise ConfigError(f"--set {override}: write it as dotted.key=value")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = _loads(text)
+    except (ValueError, RecursionError) as error:
         if text.startswith(("{", "[")) and ".tar" not in text:  # '{00000..00127}.tar' are tars
             raise ConfigError(
                 f"--set {override}: this is broken JSON ({error}); see to its quotes and brackets"

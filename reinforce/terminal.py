@@ -111,7 +111,7 @@ def show(found: dict[str, Any], json_: bool, following: str = "") -> None:
         return
     print_tree(found)
     if following:
-        say(f"Next:  {following}")
+        say(*f"Next:  {following}".split("\n"))
 
 
 def print_tree(tree: dict[str, Any], indent: str = "") -> None:

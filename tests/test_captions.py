@@ -4,12 +4,14 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from reinforce.__main__ import app
+from reinforce.check.repack import repack
 from reinforce.check.repair import redo
 from reinforce.config import Recipe, RunOptions
 from reinforce.data import shards
-from reinforce.errors import ConfigError
+from reinforce.errors import ConfigError, StoreError
 from reinforce.exchange.captions import export_keys, import_captions, run_with_captions
 from reinforce.models.teacher import Teacher
 from reinforce.run import driver
@@ -143,6 +146,38 @@ def test_keys_say_where_images_lie(reinforced: Reinforced) -> None:
             assert tar.read(row["length"]) == shown[row["shard"], row["key"]]
     assert all(row["caption"] for row in told)
     assert len(cli("export", "keys", reinforced.store, "--shards", reinforced.shards).splitlines()) == 32
+
+
+def test_keys_go_through_a_pipe_and_to_where_a_link_leads(reinforced: Reinforced, tmp_path: Path) -> None:
+    """A device or a pipe is written to; neither it nor a link is replaced by a file."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "keys.jsonl")
+    asked = ["export", "keys", reinforced.store, "--shards", reinforced.shards, "--out"]
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(pipe.read_text)
+        assert here(app, *asked, str(pipe))[0] == here(app, *asked, str(link))[0] == 0
+        assert len(read.result(60).splitlines()) == 32
+    assert pipe.is_fifo() and link.is_symlink() and link.read_text() == (tmp_path / "keys.jsonl").read_text() != ""
+
+
+def test_of_a_store_that_waits_for_embeddings_is_said_what_is_next(
+    store: str, reinforced: Reinforced, tmp_path: Path
+) -> None:
+    rows = [{"key": row["key"], "caption": "a"} for row in export_keys(store, reinforced.shards)]
+    (tmp_path / "c.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    import_captions(tmp_path / "c.jsonl", store, "vlm")
+    with pytest.raises(StoreError, match="lacks text/vlm/.* more columns; .* `clip-reinforce extend` it"):
+        repack(store, str(tmp_path / "new"), "int8")
+
+
+def test_half_a_character_is_refused_before_the_store_is_touched(store: str, tmp_path: Path) -> None:
+    before = tiny.tree(Path(store))
+    for row in ('{"key": "%s", "caption": "\\ud83d"}', '{"key": "\\ud83d%s", "caption": "a"}'):
+        (tmp_path / "c.jsonl").write_text(row % "a")
+        with pytest.raises(ConfigError, match=r"c.jsonl, row 1 holds half a character.*\\ud83d"):
+            import_captions(tmp_path / "c.jsonl", store, "vlm")
+    assert tiny.tree(Path(store)) == before
 
 
 def test_a_wrong_request_for_keys_leaves_the_file_as_it_is(reinforced: Reinforced, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from reinforce.__main__ import app
 from reinforce.config import Recipe, RunOptions
 from reinforce.run import driver
+from reinforce.terminal import show
 from tests import tiny
 from tests.processes import here, python_m
 
@@ -159,3 +160,8 @@ def test_help_explains_every_option() -> None:
     for command in ("run", "info", "verify"):
         code, out, _ = reinforce(command, "--help")
         assert code == 0 and "--json" in out
+
+
+def test_what_comes_next_may_take_several_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"sound": False}, False, "first a\n       then b")
+    assert capsys.readouterr().out == "sound: False\nNext:  first a\n       then b\n"

@@ -55,6 +55,8 @@ def test_overrides_reach_the_leaf() -> None:
         ("view_sets.base.magnitude=31", "magnitude"),
         ("view_sets.base.scale=[0.5,0.2]", "must rise"),
         ("view_sets.base.ratio=[0,1]", "must rise"),
+        ("view_sets.base.ratio=[1,Infinity]", "finite"),
+        ("captioners.coca.temperature=1e-320", "greater than or equal to 0.001"),
         ("teachers.vit.precision=fp8", "teachers.vit.precision: Input should be 'auto', 'fp32' or 'bf16'"),
     ],
 )

@@ -136,7 +136,7 @@ def test_what_each_shard_had_is_written_where_it_is_asked_for(recipe: Recipe, ta
     assert all(line["seconds"] > 0 and line["tries"] == 1 for line in told if not line["error"])
     driver.run("::".join([*tars, str(broken)]), str(tmp_path / "s"), recipe, options)
     assert [json.loads(line)["shard"] for line in lines.read_text().splitlines()[6:]] == ["broken"]
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ConfigError, match="--statistics .* is a folder; name a file in it"):
         driver.run(str(broken), str(tmp_path / "s"), recipe, options.but(statistics=str(tmp_path)))
 
 

@@ -17,7 +17,7 @@ GROUND = {"reinforce.config", "reinforce.errors", "reinforce.lines"}
 SAMPLES = {"reinforce.data"} | GROUND
 # What a place may import besides itself. A place is a module of a package, or one of its folders.
 SEES = {
-    "reinforce.__init__": {"reinforce.run", "reinforce.store", "reinforce.recipes"} | GROUND,
+    "reinforce.__init__": {"reinforce.run", "reinforce.store", "reinforce.recipes", "reinforce.data"} | GROUND,
     "reinforce.__main__": {f"reinforce.{room}" for room in ("run", "check", "exchange", "recipes", "terminal")}
     | GROUND,
     "reinforce.exchange": {

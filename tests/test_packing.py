@@ -226,6 +226,9 @@ def test_what_cannot_be_repacked_is_said(stores: dict[str, str], tmp_path: Path)
         repack(stores["bf16"], new, "bf16")
     with pytest.raises(StoreError, match="no store at"):
         repack(str(tmp_path / "nothing"), new, "int8")
+    for within in (stores["bf16"], f"{stores['bf16']}/in", str(Path(stores["bf16"]).parent)):
+        with pytest.raises(ConfigError, match="lie in each other; a store has a folder to itself"):
+            repack(stores["bf16"], within, "int8")
     with pytest.raises(ManifestMismatch, match=r"recipe.embeddings: the store has bf16-pco, this run asks for int8"):
         repack(stores["bf16"], stores["bf16-pco"], "int8")
     assert not Path(new).exists()

@@ -196,6 +196,29 @@ def test_broken_json_of_an_override_is_called_so() -> None:
     assert load_training("sample", ["shards={00000..00003}.tar"]).shards == "{00000..00003}.tar"
 
 
+def test_json_that_would_lose_or_crash_something_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    for text, told in [
+        ('{"teachers": {"a": {"model": "x"}}, "teachers": {}}', "it has the key 'teachers' twice"),
+        ('{"name": ' + "[" * 100_000, "is not JSON that can be read"),
+        ('{"seed": ' + "1" * 5000 + "}", "is not JSON that can be read"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            load_recipe(str(path))
+    for override in ("seed=" + "1" * 5000, 'view_sets.base={"num_views": 1, "num_views": 2}'):
+        with pytest.raises(ConfigError):
+            load_recipe("sample", [override])
+    path.write_text(load_recipe("sample").model_dump_json(), encoding="utf-8-sig")  # with a mark, as Windows writes it
+    assert load_recipe(str(path)) == load_recipe("sample")
+
+
+def test_what_a_recipe_prints_is_no_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text("from pipelines.sample import RECIPE\nprint('hello')")
+    load_recipe(str(tmp_path / "mine.py"))
+    assert capsys.readouterr() == ("", "hello\n")
+
+
 def test_a_recipe_may_import_a_file_beside_it(tmp_path: Path) -> None:
     (tmp_path / "base_of_mine.py").write_text("from pipelines.sample import RECIPE\n")
     (tmp_path / "mine.py").write_text("from base_of_mine import RECIPE as BASE\nRECIPE = BASE.but(seed=5)\n")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reinforce.config import CaptionFiles
 from reinforce.data.images import decode
-from reinforce.data.shards import Place, Sample, Shard, expand, locate, read, read_parts, write
+from reinforce.data.shards import Place, Sample, Shard, expand, joined, locate, read, read_parts, write
 from reinforce.data.status import Status
 from reinforce.errors import ConfigError, MissingExtra, SampleError, ShardError
 from tests.broken import Expected, all_tars, make, members, tar
@@ -333,6 +333,12 @@ def test_expand_does_not_look_for_remote_files(monkeypatch: pytest.MonkeyPatch) 
         ("s3://bucket/train", "a shard is a file NAME.tar"),
         ("s3://bucket/.tar", "a shard is a file NAME.tar"),
         ("s3://bucket/__a.tar", "a shard is a file NAME.tar"),
+        ("s3://bucket/zarr.json.tar", "a shard is a file NAME.tar, .* and not 'zarr.json'"),
+        (
+            "{0..99999999999}.tar",
+            "names 100,000,000,000 tars, and at most 10,000,000 are taken",
+        ),
+        ("s3://b/{0..9999}/{0..9999}.tar", "names 100,000,000 tars"),
         ("a.tar::more/a.tar", "{tmp}/a.tar and {tmp}/more/a.tar are both named 'a'"),
         ("a.tar::./a.tar", "both named 'a'"),
         ("{a,b.tar", "write braces as"),
@@ -342,6 +348,11 @@ def test_expand_does_not_look_for_remote_files(monkeypatch: pytest.MonkeyPatch) 
 def test_expand_refuses(patterns: str, words: str, tars: Path) -> None:
     with pytest.raises(ConfigError, match=words.replace("{tmp}", str(tars))):
         expand(patterns)
+
+
+def test_patterns_may_come_in_a_list(tars: Path) -> None:
+    assert joined("a.tar::b.tar") == joined(["a.tar", Path("b.tar")]) == "a.tar::b.tar"
+    assert joined(tars / "a.tar") == str(tars / "a.tar")
 
 
 def test_expand_names_the_package_that_is_missing() -> None:

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from reinforce.config import CAPTION_FILES, Address, CaptionFiles, CaptionKeys, CaptionLines, Config, ViewSet
 from reinforce.recipes import load
@@ -14,13 +14,7 @@ LARGEST_RATE, LARGEST_WEIGHT, LARGEST_SCALE = 1e30, 1e6, 1e4
 Reporter = Literal["tensorboard", "wandb"]
 
 
-class _Finite(Config):
-    """Settings whose numbers are finite: with one that is not, a training would fail far from its cause."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class ComkdConfig(_Finite):
+class ComkdConfig(Config):
     """Stage 2 of ComKD-CLIP (train/comkd): a student's image encoder learns its teacher's way with some classes."""
 
     class_set: str = Field(description="the store's class texts to learn with")
@@ -53,7 +47,7 @@ class ComkdConfig(_Finite):
         return self
 
 
-class DataConfig(_Finite):
+class DataConfig(Config):
     """One of several parts that a training learns from."""
 
     shards: Address = Field(description="tars: braces, '*', several joined by '::', paths or fsspec URLs")
@@ -66,7 +60,7 @@ class DataConfig(_Finite):
     )
 
 
-class LoopConfig(_Finite):
+class LoopConfig(Config):
     """What the loop of any training asks for (train/loop.py)."""
 
     eval_every_n_steps: int | None = Field(

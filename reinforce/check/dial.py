@@ -4,6 +4,7 @@ from typing import get_args
 
 import numpy as np
 
+from reinforce.check.info import none_whole
 from reinforce.config import Packing
 from reinforce.data.status import Status
 from reinforce.errors import StoreError
@@ -43,7 +44,7 @@ def samples(store: Store, manifest: Manifest) -> dict[str, tuple[np.ndarray, np.
     recipe, columns = manifest.parsed_recipe(), manifest.columns()
     whole = (shard for shard in store.shards() if not store.missing(shard, columns))
     if (shard := next(whole, None)) is None:
-        raise StoreError(f"no shard of {store.url} is whole yet; finish its run first")
+        raise none_whole(store, columns)
     good = np.flatnonzero(store.read(shard, STATUS) == Status.GOOD)[:MEASURED]
     views, texts = next(iter(recipe.view_sets)), next(iter(recipe.text_sets), None)
 

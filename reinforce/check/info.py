@@ -32,6 +32,19 @@ def stored_recipe(url: str) -> Recipe | None:
     return manifest.parsed_recipe() if manifest else None
 
 
+def none_whole(store: Store, columns: list[Column]) -> StoreError:
+    """What is wrong where no shard has all the columns that it must have."""
+    shard = next(iter(store.shards()), None)
+    if shard is None:
+        return StoreError(f"{store.url} has no shard yet; finish its run first")
+    first, *more = store.missing(shard, columns)
+    return StoreError(
+        f"no shard of {store.url} is whole yet: {shard} lacks {first}"
+        + (f" and {len(more)} more columns" if more else "")
+        + "; finish its run first, or, where captions were imported, `clip-reinforce extend` it"
+    )
+
+
 def info(url: str) -> dict[str, Any]:
     """Counts, sets, bytes, missing columns, and those whose damage was in the way (`verify` looks for all). Embeddings
     are counted raw (2 bytes per number) and as stored; `total` is of all objects."""

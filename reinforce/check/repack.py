@@ -39,6 +39,8 @@ def repack(url: str, new: str, embeddings: Packing) -> RepackReport:
     old, made = Store(url), Store(new)
     manifest = old.promised()
     before = manifest.parsed_recipe().embeddings
+    if made.objects.within(old.objects) or old.objects.within(made.objects):
+        raise ConfigError(f"{new} and {url} lie in each other; a store has a folder to itself: give another --to")
     if manifest.format_version == 1:
         raise ConfigError(f"{url} is of format 1; make one of format 2 of it first, with `clip-reinforce upgrade`")
     if before == embeddings:

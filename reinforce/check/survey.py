@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from reinforce.check.info import none_whole
 from reinforce.data.status import Status
-from reinforce.errors import StoreError
 from reinforce.store.columns import DIGEST, KEY, SIZE, STATUS, Column
 from reinforce.store.store import Store
 
@@ -81,7 +81,7 @@ def survey(store: Store, names: list[str]) -> Survey:
                 part[f"cosine {teacher} {name}"] = (views[0] * texts).sum(-1)
         parts.append(part)
     if not parts:
-        raise StoreError(f"no shard of {store.url} is whole yet; finish its run first")
+        raise none_whole(store, columns)
 
     def joined(name: str) -> Any:
         if isinstance(parts[0][name], list):

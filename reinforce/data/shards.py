@@ -6,9 +6,12 @@ and a tar that is not whole is an error.
 """
 
 import hashlib
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 
 import fsspec
 from braceexpand import braceexpand
@@ -29,6 +32,8 @@ OTHER_IMAGES = {*("avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jxl", "j
 LIMITS = dict.fromkeys(IMAGES, 64 << 20) | dict.fromkeys(captions.EXTENSIONS, 1 << 20)
 KNOWN = {*IMAGES, *OTHER_IMAGES, *captions.EXTENSIONS, captions.LABEL}
 _END = 1 << 14  # bytes at either end of a tar that its stamp looks at
+MAX_SHARDS = 10_000_000  # that a pattern may name, a hundred times the largest collections: more is a slip
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -66,6 +71,12 @@ class Place:
     length: int
 
 
+def joined(patterns: str | PathLike[str] | Iterable[str | PathLike[str]]) -> str:
+    """One pattern or path, or several, as `expand` takes them."""
+    several = [patterns] if isinstance(patterns, str | PathLike) else patterns
+    return "::".join(fspath(pattern) for pattern in several)
+
+
 def expand(patterns: str) -> list[Shard]:
     """The shards of `::`-joined patterns, in order. A pattern takes braces and `*`; it is a path or an fsspec URL.
 
@@ -81,9 +92,9 @@ def expand(patterns: str) -> list[Shard]:
                 raise ConfigError(
                     f"{url} is compressed, and images are read from where they lie in a tar; unpack it to NAME.tar"
                 )
-            if not address.endswith(".tar") or not name or name.startswith((".", "__")):
+            if not address.endswith(".tar") or not name or name.startswith((".", "__")) or name == "zarr.json":
                 raise ConfigError(
-                    f"{url}: a shard is a file NAME.tar, its name not starting with '.' or '__'; "
+                    f"{url}: a shard is a file NAME.tar, its name not starting with '.' or '__' and not 'zarr.json'; "
                     "rename it, or write a pattern that leaves it out, such as 'DIR/*.tar'"
                 )
             if name in shards:
@@ -97,6 +108,8 @@ def expand(patterns: str) -> list[Shard]:
 
 def _urls(pattern: str) -> Iterator[str]:
     try:
+        if (num := _num_named(pattern)) > MAX_SHARDS:
+            raise ConfigError(f"{pattern} names {num:,} tars, and at most {MAX_SHARDS:,} are taken: see to its braces")
         urls = list(braceexpand(pattern))
     except ValueError as error:
         raise ConfigError(f"{pattern}: {error}; write braces as {{00000..00127}} or {{a,b}}") from None
@@ -121,6 +134,12 @@ def _urls(pattern: str) -> Iterator[str]:
         if not found:
             raise ConfigError(f"{url or 'the empty pattern'}: names no file; check the path, or leave it out")
         yield from found if local else map(files.unstrip_protocol, found)
+
+
+def _num_named(pattern: str) -> int:
+    """How many names the ranges in braces stand for."""
+    ranges = _RANGE.findall(pattern)
+    return math.prod(abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, last, step in ranges)
 
 
 def read(shard: Shard, files: CaptionFiles | None = CAPTION_FILES, notes: Notes | None = None) -> Iterator[Sample]:

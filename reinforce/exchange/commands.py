@@ -155,12 +155,16 @@ def export_keys(
     with errors_as_sentences():
         from reinforce.exchange.captions import export_keys as run
 
-        out = out and home(out)
+        out = out and home(out).resolve()
         # On a terminal no caption may steer it.
         lines = (json.dumps(told, ensure_ascii=out is None) for told in run(store, shards))
         if out is None:
             for line in lines:
                 print(line)
+            return
+        if out.exists() and not out.is_file():  # a device or a pipe is written to, and not replaced
+            with out.open("w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
             return
         partial = out.with_name(f"{out.name}.partial")
         try:

@@ -41,6 +41,8 @@ def run(patterns: str, store_url: str, recipe: Recipe, options: RunOptions) -> R
     start = time.monotonic()
     if options.workers != "auto":
         _worker_range(options)  # a wrong request is an error before any work
+    if options.statistics and Path(options.statistics).expanduser().is_dir():
+        raise ConfigError(f"--statistics {options.statistics} is a folder; name a file in it")
     listed = expand(patterns)
     store = Store(store_url)
     manifest = store.manifest()

@@ -42,6 +42,11 @@ class Objects:
         # Otherwise s3fs asks for the size of each object first, to read a large one in parts at once.
         self._in_one_request = {"max_concurrency": 1} if "s3" in self._fs.protocol else {}
 
+    def within(self, other: "Objects") -> bool:
+        """Whether one lies in the folder of another, or is the same."""
+        own, others = (f"{os.path.realpath(of.root) if of.local else of.root}/" for of in (self, other))
+        return type(self._fs) is type(other._fs) and own.startswith(others)
+
     def check_writable(self) -> None:
         """Before there is anything to write, as far as that is known: raises PermissionError where a folder on a local
         disk, or the one that it will be made in, may not be written to."""
