@@ -24,7 +24,7 @@ class Normaliser(nn.Module):
         if not made.is_contiguous(memory_format=torch.channels_last):
             return made.div_(255).sub_(self.mean).div_(self.std)
         # The same line by line, and not three numbers at a time: half the time on a CPU.
-        lines = made.permute(0, 2, 3, 1).flatten(2)
+        lines = made.permute(0, 2, 3, 1).view(made.shape[0], made.shape[2], 3 * made.shape[3])
         mean, std = (of_channels.flatten().repeat(made.shape[3]) for of_channels in (self.mean, self.std))
         lines.div_(255).sub_(mean).div_(std)
         return made
