@@ -7,7 +7,6 @@ A file is JSON lines, gzipped or not, or parquet. A row has `key`, perhaps `shar
 import gzip
 import hashlib
 import json
-import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +28,6 @@ from reinforce.store.columns import KEY, PLACE, STATUS, Column
 from reinforce.store.store import Store
 
 TEXTS = ("caption", "captions", "text", "texts")
-_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which JSON can spell
 _TOO_MANY = 64  # captions of one image: a file whose keys are not unique over the shards, most likely
 
 
@@ -248,10 +246,12 @@ def _row(row: Any, where: str) -> tuple[str, str, list[str]]:
     texts = row[name] if isinstance(row[name], list) else [row[name]]
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ConfigError(f"{where}: `{name}` holds something that is no text: {str(row)[:200]}")
-    if any(_HALF.search(text) for text in [row["key"], row.get("shard") or "", *texts]):
+    try:
+        "".join([row["key"], row.get("shard") or "", *texts]).encode()  # as data/captions.py asks of those in tars
+    except UnicodeEncodeError:
         raise ConfigError(
-            f"{where} holds half a character (of an emoji cut in two, say), which no store can: {row!a:.200}"
-        )
+            f"{where} holds half a character (of an emoji cut in two, say), which no store can hold: {row!a:.200}"
+        ) from None
     return row["key"], row.get("shard") or "", [plain for text in texts if (plain := " ".join(text.split()))]
 
 

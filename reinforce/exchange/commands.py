@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -158,12 +160,8 @@ def export_keys(
         out = out and home(out).resolve()
         # On a terminal no caption may steer it.
         lines = (json.dumps(told, ensure_ascii=out is None) for told in run(store, shards))
-        if out is None:
-            for line in lines:
-                print(line)
-            return
-        if out.exists() and not out.is_file():  # a device or a pipe is written to, and not replaced
-            with out.open("w", encoding="utf-8") as file:
+        if out is None or (out.exists() and not out.is_file()):  # a device or a pipe is written to, and not replaced
+            with out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
                 file.writelines(f"{line}\n" for line in lines)
             return
         partial = out.with_name(f"{out.name}.partial")
