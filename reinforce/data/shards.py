@@ -6,22 +6,19 @@ and a tar that is not whole is an error.
 """
 
 import hashlib
-import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 
 import fsspec
-from braceexpand import braceexpand
-from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import CAPTION_FILES, CaptionFiles
 from reinforce.data import captions, tars
 from reinforce.data.grouping import groups, split
 from reinforce.data.notes import REMEDIES, Notes
-from reinforce.data.remote import as_os_errors, file_system
+from reinforce.data.patterns import urls
+from reinforce.data.remote import as_os_errors
 from reinforce.data.status import Status
 from reinforce.data.tars import Member
 from reinforce.errors import ConfigError, SampleError, ShardError
@@ -32,8 +29,6 @@ OTHER_IMAGES = {*("avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jxl", "j
 LIMITS = dict.fromkeys(IMAGES, 64 << 20) | dict.fromkeys(captions.EXTENSIONS, 1 << 20)
 KNOWN = {*IMAGES, *OTHER_IMAGES, *captions.EXTENSIONS, captions.LABEL}
 _END = 1 << 14  # bytes at either end of a tar that its stamp looks at
-MAX_SHARDS = 10_000_000  # that a pattern may name, a hundred times the largest collections: more is a slip
-_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -85,7 +80,7 @@ def expand(patterns: str) -> list[Shard]:
     """
     shards: dict[str, Shard] = {}
     for pattern in patterns.split("::"):
-        for url in _urls(pattern):
+        for url in urls(pattern):
             address = url.partition("?")[0] if "://" in url else url  # a signed one has its signature behind
             name = address.rpartition("/")[2].removesuffix(".tar")
             if address.endswith(_COMPRESSED):
@@ -104,42 +99,6 @@ def expand(patterns: str) -> list[Shard]:
                 )
             shards[name] = Shard(name, url)
     return list(shards.values())
-
-
-def _urls(pattern: str) -> Iterator[str]:
-    try:
-        if (num := _num_named(pattern)) > MAX_SHARDS:
-            raise ConfigError(f"{pattern} names {num:,} tars, and at most {MAX_SHARDS:,} are taken: see to its braces")
-        urls = list(braceexpand(pattern))
-    except ValueError as error:
-        raise ConfigError(f"{pattern}: {error}; write braces as {{00000..00127}} or {{a,b}}") from None
-    for url in urls:
-        if url.startswith("pipe:"):
-            raise ConfigError(f"{url}: pipes are not read; name the file itself, as s3://BUCKET/NAME.tar")
-        local = issubclass(file_system(url), LocalFileSystem)
-        if "*" not in url and not local:
-            yield url
-            continue
-        try:
-            with as_os_errors():
-                files, path = fsspec.core.url_to_fs(url)
-                found = sorted(files.glob(path)) if "*" in url else [path] if files.isfile(path) else []
-        except OSError as error:
-            raise ConfigError(f"{url}: cannot be listed: {error}; check the address and your access to it") from error
-        if not found and url and files.isdir(path):
-            raise ConfigError(
-                f"{url} is a folder; a shard is a tar: write '{url.rstrip('/')}/*.tar', or make tars of its pictures: "
-                f"clip-reinforce pack {url} -o DIR"
-            )
-        if not found:
-            raise ConfigError(f"{url or 'the empty pattern'}: names no file; check the path, or leave it out")
-        yield from found if local else map(files.unstrip_protocol, found)
-
-
-def _num_named(pattern: str) -> int:
-    """How many names the ranges in braces stand for."""
-    ranges = _RANGE.findall(pattern)
-    return math.prod(abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, last, step in ranges)
 
 
 def read(shard: Shard, files: CaptionFiles | None = CAPTION_FILES, notes: Notes | None = None) -> Iterator[Sample]:
