@@ -228,7 +228,7 @@ def scans(out: OutOption, small: SmallOption = False, device: DeviceOption = "cu
                     narrow, timed = _narrow(inputs, dtype), _narrow(many, dtype)
                     got = kernels.run(form, narrow)
                     errors = [kernels.error([a], [b]) for a, b in zip(got, expected, strict=True)]
-                    row |= dict(zip(("value", "d_x", "d_dt", "d_a", "d_b", "d_c"), errors, strict=True))
+                    row |= dict(zip(("value", "d_x", "d_dt", "d_a", "d_b", "d_c", "d_d"), errors, strict=True))
                     with torch.no_grad():
                         row["ms_forward"] = clock.ms(partial(form, *timed))
                     row["ms_both"] = clock.ms(partial(kernels.run, form, timed))

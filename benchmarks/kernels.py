@@ -30,12 +30,12 @@ SELECTIVE_STATES = 8
 
 
 def ssd_inputs(batch: int, length: int) -> list[Tensor]:
-    """x, dt, A, B, C in Mamba's own range of steps and decays."""
+    """x, dt, A, B, C, D in Mamba's own range of steps and decays."""
     x = torch.randn(batch, length, HEADS, HEAD_WIDTH)
     dt = torch.rand(batch, length, HEADS) * 0.1 + 1e-3
     a = -(torch.rand(HEADS) * 15 + 1)
     b, c = torch.randn(2, batch, length, STATES)
-    return [x, dt, a, b, c]
+    return [x, dt, a, b, c, torch.ones(HEADS)]
 
 
 def selective_inputs(batch: int, length: int) -> list[Tensor]:
@@ -47,13 +47,13 @@ def selective_inputs(batch: int, length: int) -> list[Tensor]:
     return [u, delta, a, b, c, torch.ones(CHANNELS)]
 
 
-# What stays float32 when the others are narrow: dt and A of SSD, A and D of the selective scan.
+# What stays float32 when the others are narrow: dt, A and D of SSD, A and D of the selective scan.
 FAMILIES: dict[str, tuple[Callable[[int, int], list[Tensor]], Form, dict[str, Form], set[int]]] = {
     "ssd": (
         ssd_inputs,
         plain_scans.ssd_sequential,
         {"product": plain_scans.ssd_product, "chunks": plain_scans.ssd_chunks, "kernel": scan.ssd_kernel},
-        {1, 2},
+        {1, 2, 5},
     ),
     "selective scan": (
         selective_inputs,

@@ -16,13 +16,14 @@ TOLERANCE = 1e-9
 
 
 def inputs(batch: int, length: int, heads: int, strength: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x, dt, A, B, C with 5 channels a head and 3 states; at strength 1, Mamba's own range of decays."""
+    """x, dt, A, B, C, D with 5 channels a head and 3 states; at strength 1, Mamba's own range of decays."""
     torch.manual_seed(length)
     x = torch.randn(batch, length, heads, 5, dtype=dtype)
     dt = torch.rand(batch, length, heads, dtype=dtype) * 0.1
     a = -torch.rand(heads, dtype=dtype) * 16 * strength
     b, c = torch.randn(2, batch, length, 3, dtype=dtype)
-    return [t.requires_grad_() for t in (x, dt, a, b, c)]
+    d = torch.randn(heads, dtype=dtype)
+    return [t.requires_grad_() for t in (x, dt, a, b, c, d)]
 
 
 def values_and_gradients(form: Callable[..., Tensor], args: list[Tensor]) -> list[Tensor]:
@@ -47,6 +48,30 @@ def test_forms_of_ssd_agree(batch: int, length: int, heads: int, strength: float
     assert distance(values_and_gradients(plain_scans.ssd_product, args), expected) < TOLERANCE
     chunks = values_and_gradients(lambda *args: plain_scans.ssd_chunks(*args, chunk=chunk), args)
     assert distance(chunks, expected) < TOLERANCE
+    with torch.no_grad():  # there numbers are written over others
+        assert distance([plain_scans.ssd_chunks(*args, chunk=chunk)], expected[:1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e3])
+def test_no_factor_is_a_denormal_number(strength: float) -> None:
+    """A CPU takes a hundred times as long with those."""
+    _, dt, a, *_ = (t.detach() for t in inputs(1, 256, 2, strength, torch.float32))
+    log_decays = (dt * a).mT
+    until = log_decays.cumsum(-1)
+    assert until.min() < -100
+    factors = [plain_scans._decays(until, until - log_decays, dt.mT.log()), plain_scans._decays_across(log_decays)]
+    with torch.no_grad():
+        factors.append(plain_scans._decays(until, until - log_decays, dt.mT.log()))
+    for factor in factors:
+        assert not ((factor > 0) & (factor < torch.finfo(torch.float32).tiny)).any()
+
+
+def test_steps_of_zero_neither_add_nor_decay() -> None:
+    args = inputs(2, 13, 2, 1.0)
+    with torch.no_grad():
+        args[1][:, 3:9] = 0
+    expected = plain_scans.ssd_sequential(*args)
+    assert distance([plain_scans.ssd_chunks(*args, chunk=4)], [expected]) < TOLERANCE
 
 
 def test_a_batch_of_none_has_no_answers() -> None:
@@ -57,18 +82,19 @@ def test_a_batch_of_none_has_no_answers() -> None:
 def test_ssd_sees_as_far_back_as_ahead() -> None:
     args = inputs(2, 9, 2, 1.0)
     backwards = [t.flip(1) if t.ndim > 1 else t for t in args]
-    assert not torch.allclose(plain_scans.ssd_causal(*backwards).flip(1), plain_scans.ssd_causal(*args))
+    causal = args[:5]
+    assert not torch.allclose(plain_scans.ssd_causal(*backwards[:5]).flip(1), plain_scans.ssd_causal(*causal))
     assert torch.allclose(plain_scans.ssd_sequential(*backwards).flip(1), plain_scans.ssd_sequential(*args))
 
 
 def test_one_decay_is_written_out() -> None:
     """Two tokens, one head, one channel, one state, by hand."""
-    x, dt, a, b, c = (
-        torch.tensor(v, dtype=torch.float64) for v in ([2.0, 3.0], [0.5, 0.25], [-2.0], [1.0, 4.0], [5, 6])
+    x, dt, a, b, c, d = (
+        torch.tensor(v, dtype=torch.float64) for v in ([2.0, 3.0], [0.5, 0.25], [-2.0], [1.0, 4.0], [5, 6], [7.0])
     )
-    y = plain_scans.ssd_product(x.view(1, 2, 1, 1), dt.view(1, 2, 1), a, b.view(1, 2, 1), c.view(1, 2, 1)).flatten()
-    first = 5 * 1 * 0.5 * 2 + torch.e ** (-2 * 0.5) * 5 * 4 * 0.25 * 3
-    second = 6 * 4 * 0.25 * 3 + torch.e ** (-2 * 0.25) * 6 * 1 * 0.5 * 2
+    y = plain_scans.ssd_product(x.view(1, 2, 1, 1), dt.view(1, 2, 1), a, b.view(1, 2, 1), c.view(1, 2, 1), d).flatten()
+    first = 5 * 1 * 0.5 * 2 + torch.e ** (-2 * 0.5) * 5 * 4 * 0.25 * 3 + 7 * 2
+    second = 6 * 4 * 0.25 * 3 + torch.e ** (-2 * 0.25) * 6 * 1 * 0.5 * 2 + 7 * 3
     assert y.tolist() == pytest.approx([first, second], rel=1e-12)
 
 

@@ -59,6 +59,11 @@ def _silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+class SiLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _silu(x)
+
+
 class Local(nn.Module):
     """`x + depthwise(x)`: each pixel with those around it. Without the sum, students learn much less."""
 
@@ -106,17 +111,21 @@ class SSDMixer(nn.Module):
         mixed = self.local(mixed, silu=True)
         if self.by_columns:
             mixed, steps = mixed.transpose(1, 2), steps.transpose(1, 2)
-        grid = mixed.shape[1:3]
-        mixed, steps = mixed.flatten(1, 2), steps.flatten(1, 2)
+        batch, *grid = mixed.shape[:3]
         values, keys, queries = torch.split(mixed, [gate.shape[-1], self.num_states, self.num_states], dim=-1)
-        values = values.reshape(*values.shape[:2], -1, self.head_width)
-        steps = F.softplus(steps.float() + self.step_bias)
-        y = ssd(values, steps, -self.log_decay.exp(), keys, queries)
-        y = torch.addcmul(y, values, self.skip.to(values.dtype).unsqueeze(-1)).reshape(-1, *grid, gate.shape[-1])
+        # Heads come first in memory, as the scan's products need them: one copy, by rows or by columns.
+        values = self._by_heads(values).permute(0, 3, 1, 2, 4).flatten(2, 3).transpose(1, 2)
+        steps = F.softplus(steps.flatten(1, 2).float() + self.step_bias)
+        y = ssd(values, steps, -self.log_decay.exp(), keys.flatten(1, 2), queries.flatten(1, 2), self.skip)
+        y = y.view(batch, *grid, *y.shape[2:])
         if self.by_columns:
             y = y.transpose(1, 2)
-        out: Tensor = self.project_out(self.norm(y * _silu(gate)))
+        gated = self._by_heads(_silu(gate)) * y  # in the first one's order in memory: pixels first again
+        out: Tensor = self.project_out(self.norm(gated.flatten(-2)))
         return out
+
+    def _by_heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_width)
 
 
 class MambaBlock(nn.Module):
@@ -145,7 +154,7 @@ class MambaEncoder(nn.Module):
         self,
         stages: list[Stage],
         block: Callable[[Stage, int, float], nn.Module],
-        activation: type[nn.Module] = nn.SiLU,
+        activation: type[nn.Module] = SiLU,
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
     ) -> None:

@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64  # tokens; one CPU core takes 256 tokens in chunks of 64 in a fifth of the time of one product of 256
+# Factors of ssd below exp(FLOOR), 1e-26, count as that: no sum in float32 sees them, and products of smaller ones are
+# denormal numbers, with which a CPU is up to a hundred times slower.
+FLOOR = -60.0
+LEAST_STEP = 1e-30  # of ssd; a smaller one counts as that, and has no gradient
 
 
 def selective_scan_sequential(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *more: Any) -> Tensor:
@@ -91,78 +95,88 @@ def ssd_causal(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor
     return torch.stack(out, 1)
 
 
-def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """`ssd` as two scans: its definition."""
-    return both_ways(ssd_causal, x, dt, A, B, C)
+    return both_ways(ssd_causal, x, dt, A, B, C, D)
 
 
-def both_ways(scan: Callable[..., Tensor], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def both_ways(scan: Callable[..., Tensor], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     backward = scan(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1)).flip(1)
-    diagonal = (B * C).sum(-1)[..., None, None] * dt.unsqueeze(-1) * x
-    return scan(x, dt, A, B, C) + backward - diagonal.to(x.dtype)
+    diagonal = (B * C).sum(-1)[..., None, None] * dt.unsqueeze(-1)
+    return scan(x, dt, A, B, C) + backward + ((D.unsqueeze(-1) - diagonal) * x).to(x.dtype)
 
 
-def ssd_product(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """`ssd` as one masked product, `((C B^T) o decays) (dt x)`: quadratic in L, without a scan."""
-    log_decays = log_decays_of(dt, A).transpose(1, 2)  # (b, H, L)
-    until = running_sum(log_decays)  # with itself
-    weights = (C @ B.mT).unsqueeze(1) * _decays(until, until - log_decays)  # (b, H, L, L)
-    inputs = (x * dt.unsqueeze(-1)).transpose(1, 2)  # (b, H, L, P)
-    return (weights.to(x.dtype) @ inputs.to(x.dtype)).transpose(1, 2)
+def ssd_product(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """`ssd` as one masked product, `((C B^T) o decays o dt + D) x`: quadratic in L, without a scan."""
+    return ssd_chunks(x, dt, A, B, C, D, max(x.shape[1], 1))
 
 
-def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = CHUNK) -> Tensor:
-    """`ssd` for long sequences, linear in L: a product within each chunk, states carried from chunk to chunk.
+def ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int = CHUNK) -> Tensor:
+    """`ssd` for long sequences: a product within each chunk, states carried from chunk to chunk.
 
-    What is carried forwards and what is carried backwards are states of N numbers for each channel.
+    What is carried forwards and what is carried backwards are states of N numbers for each channel, summed up by a
+    product over all pairs of chunks. That is quadratic in their number, and less than the rest up to 200 of them.
+    Steps stand in the exponents, as logarithms, where to multiply by them costs nothing.
     """
-    length = x.shape[1]
-    x, dt, B, C = (_chunked(t, -length % chunk, chunk) for t in (x, dt, B, C))  # (b, chunks, chunk, ..)
-    log_decays = log_decays_of(dt, A).transpose(2, 3)  # (b, chunks, H, chunk)
+    batch, length, heads, width = x.shape
+    num = -(-length // chunk)
+    x, dt, B, C = (_padded(t, num * chunk - length) for t in (x, dt, B, C))
+    x = x.transpose(1, 2).contiguous().view(-1, chunk, width)  # (b H chunks, chunk, P)
+    B, C = (t.reshape(batch, 1, num, chunk, t.shape[-1]) for t in (B, C))  # for all heads
+    dt = dt.to(_wide(dt.dtype)).mT.reshape(batch, heads, num, chunk)
+    log_steps, log_decays = dt.clamp_min(LEAST_STEP).log(), dt * A[:, None, None]
     until = running_sum(log_decays)  # with itself
     before, total = until - log_decays, until[..., -1:]
-    inputs = (x * dt.unsqueeze(-1)).transpose(2, 3).contiguous()  # (b, chunks, H, chunk, P)
-    B, C = B.unsqueeze(2), C.unsqueeze(2)  # for all heads
-    near = ((C @ B.mT) * _decays(until, before)).to(x.dtype)
-    y = near.flatten(0, 2) @ inputs.to(x.dtype).flatten(0, 2)  # (b chunks H, chunk, P)
-    for into, out, backwards in ((total - until, until, False), (before, total - before, True)):
-        handed_on = (B * into.exp().unsqueeze(-1)).to(inputs.dtype).mT @ inputs  # (b, chunks, H, N, P)
-        carried = _carried(handed_on, total.exp().unsqueeze(-1), backwards)
-        y = _add_product(y, (C * out.exp().unsqueeze(-1)).to(carried.dtype).flatten(0, 2), carried.flatten(0, 2))
-    return y.view(inputs.shape).transpose(2, 3).flatten(1, 2)[:, :length]
+
+    decays = _decays(until, before, log_steps)
+    skip = D[:, None, None, None] * torch.eye(chunk, dtype=D.dtype, device=D.device)
+    near = torch.addcmul(skip, decays, C @ B.mT, out=None if torch.is_grad_enabled() else decays)
+    y = near.to(x.dtype).flatten(0, 2) @ x
+    if num > 1:
+        across = _decays_across(total.squeeze(-1)).to(x.dtype).flatten(0, 1)  # from a chunk to a later one
+        to_end, to_start = total - until + log_steps, before + log_steps
+        for to_edge, from_edge, others in ((to_end, until, across.mT), (to_start, total - before, across)):
+            handed_on = (B * _exp(to_edge).unsqueeze(-1)).to(x.dtype).flatten(0, 2).mT @ x  # (b H chunks, N, P)
+            carried = (others @ handed_on.view(batch * heads, num, B.shape[-1] * width)).view(handed_on.shape)
+            y = _add_product(y, (C * _exp(from_edge).unsqueeze(-1)).to(x.dtype).flatten(0, 2), carried)
+    return y.view(batch, heads, num * chunk, width).transpose(1, 2)[:, :length]
 
 
-def _decays(until: Tensor, before: Tensor) -> Tensor:
-    """(.., L, L): what is left at i of what came at j, on both sides of the diagonal. `until` and `before` (.., L) are
-    sums of the log-decays up to each place, with its own and without.
+def _decays(until: Tensor, before: Tensor, log_steps: Tensor) -> Tensor:
+    """(.., L, L): what is left at i of what came at j, on both sides of the diagonal, times the step at j. `until` and
+    `before` (.., L) are sums of the log-decays up to each place, with its own and without.
 
     Forwards the exponent is the sum of log-decays over j < k <= i, backwards over i <= k < j. A pair lies on one side
     of the diagonal, so both are one exponential; on the other side each of the two is positive, and would overflow.
     """
-    forwards = until.unsqueeze(-1) - until.unsqueeze(-2)
-    backwards = before.unsqueeze(-2) - before.unsqueeze(-1)
+    forwards = until.unsqueeze(-1) - (until - log_steps).unsqueeze(-2)
+    backwards = (before + log_steps).unsqueeze(-2) - before.unsqueeze(-1)
+    if not torch.is_grad_enabled():
+        return torch.minimum(forwards, backwards, out=forwards).clamp_min_(FLOOR).exp_()
+    # Where both are 0, a gradient has to know its side. `where` gives the same as `lerp`, and takes longer on a CPU.
     past = torch.ones(forwards.shape[-2:], dtype=until.dtype, device=until.device).tril()
-    return torch.lerp(backwards, forwards, past).exp_()  # `where` gives the same, and takes longer on a CPU
+    return torch.lerp(backwards, forwards, past).clamp_min_(FLOOR).exp_()
+
+
+def _decays_across(totals: Tensor) -> Tensor:
+    """(.., chunks, chunks): at j, i > j the decay over all chunks between them, of their sums of log-decays; else 0."""
+    num = totals.shape[-1]
+    shifted = F.pad(totals, (1, -1)).unsqueeze(-2).expand(*totals.shape, num)
+    return _exp(running_sum(shifted.triu(2))).triu(1)
+
+
+def _exp(x: Tensor) -> Tensor:
+    return x.clamp_min(FLOOR).exp_()
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`y + a @ b`, written over y where all are of one type."""
-    return y.baddbmm_(a, b) if a.dtype == y.dtype else y + (a @ b).to(y.dtype)
+    return y.baddbmm_(a, b) if a.dtype == b.dtype == y.dtype else y + (a @ b).to(y.dtype)
 
 
-def _chunked(t: Tensor, missing: int, chunk: int) -> Tensor:
+def _padded(t: Tensor, missing: int) -> Tensor:
     """Steps of 0 are added, which neither add nor decay."""
-    padded = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
-    return padded.reshape(t.shape[0], padded.shape[1] // chunk, chunk, *t.shape[2:])
-
-
-def _carried(states: Tensor, decays: Tensor, backwards: bool) -> Tensor:
-    """What reaches each chunk from those before it, or backwards from those behind it, of what they hand on."""
-    order = range(states.shape[1])[:: -1 if backwards else 1]
-    carried = [torch.zeros_like(states[:, 0])]
-    for i in order[:-1]:
-        carried.append(torch.addcmul(states[:, i], decays[:, i], carried[-1]))
-    return torch.stack([carried[i] for i in order], 1)
+    return F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing)) if missing else t
 
 
 def running_sum(x: Tensor) -> Tensor:
@@ -180,10 +194,6 @@ def running_sum_by_doubling(x: Tensor, dim: int) -> Tensor:
         x = torch.cat([x.narrow(dim, 0, shift), reached], dim)
         shift *= 2
     return x
-
-
-def log_decays_of(dt: Tensor, A: Tensor) -> Tensor:
-    return (dt * A).to(_wide(dt.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -125,28 +125,29 @@ def _selective_scan_kernel(*args: Any) -> Tensor:
     return y
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Bidirectional SSD, y (b, L, H, P): `y_i = sum_j exp(A sum_k dt_k) (C_i . B_j) dt_j x_j`.
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Bidirectional SSD, y (b, L, H, P): `y_i = sum_j exp(A sum_k dt_k) (C_i . B_j) dt_j x_j + D x_i`.
 
     k runs over j < k <= i where j <= i, and over i <= k < j where j > i: a forward scan and a backward one, which both
     hold the diagonal, less the diagonal.
-    x (b, L, H, P); dt (b, L, H), positive, and A (H,), negative, float32; B, C (b, L, N), shared by the heads.
+    x (b, L, H, P); dt (b, L, H), positive, and A (H,), negative, and D (H,), float32; B, C (b, L, N), shared by the
+    heads.
     """
     path = ssd_path(x.device, x.shape[1])
     if path == "product":
-        return ssd_product(x, dt, A, B, C)
+        return ssd_product(x, dt, A, B, C, D)
     if path == "chunks":
-        return ssd_chunks(x, dt, A, B, C)
-    y: Tensor = ssd_kernel(x, dt, A, B, C)
+        return ssd_chunks(x, dt, A, B, C, D)
+    y: Tensor = ssd_kernel(x, dt, A, B, C, D)
     return y
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """`ssd` as two scans of mamba-ssm, linear in L. CUDA only."""
     scan = kernel(CHUNK_SCAN)
     assert scan is not None
     return both_ways(
         lambda x, dt, A, B, C: scan(x, dt, A, B.unsqueeze(2), C.unsqueeze(2), KERNEL_CHUNK),
-        *(x, dt, A, B.to(x.dtype), C.to(x.dtype)),
+        *(x, dt, A, B.to(x.dtype), C.to(x.dtype), D),
     )

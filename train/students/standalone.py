@@ -30,9 +30,9 @@ NEEDS: dict[ModuleType, list[ModuleType]] = {
 }
 # What scan.py would decide: without kernels there is little to decide.
 SCANS = """
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     few = x.shape[1] <= (256 if x.is_cuda else CHUNK)
-    return ssd_product(x, dt, A, B, C) if few else ssd_chunks(x, dt, A, B, C)
+    return ssd_product(x, dt, A, B, C, D) if few else ssd_chunks(x, dt, A, B, C, D)
 
 
 def selective_scan(*args: Any, **more: Any) -> Tensor:
