@@ -60,6 +60,8 @@ def _silu(x: Tensor) -> Tensor:
 
 
 class SiLU(nn.Module):
+    """That of the stem, whose maps are the largest."""
+
     def forward(self, x: Tensor) -> Tensor:
         return _silu(x)
 
