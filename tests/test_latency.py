@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from reinforce.errors import ConfigError
-from train import latency, students
+from train import flops, latency, students
 from train.students import mamba, scan
 
 
@@ -110,7 +110,7 @@ def test_students_are_timed_in_turns() -> None:
 
 def test_counts_are_those_of_known_work() -> None:
     """A linear layer of 3 to 5 on 2 rows is 2 * 2 * 3 * 5; its activation writes 2 * 5."""
-    gflops, pointwise = latency.count(nn.Sequential(nn.Linear(3, 5), nn.GELU()), torch.zeros(2, 3))
+    gflops, pointwise = flops.count(nn.Sequential(nn.Linear(3, 5), nn.GELU()), torch.zeros(2, 3))
     assert (round(gflops * 1e9), round(pointwise * 1e9)) == (60, 10)
 
 
@@ -124,7 +124,7 @@ def test_the_recurrence_of_a_scan_is_counted() -> None:
         def forward(self, u: torch.Tensor) -> torch.Tensor:
             return scan.selective_scan(u, u, self.decays, self.states, self.states)
 
-    _, pointwise = latency.count(Scan(), torch.zeros(2, 3, 4))
+    _, pointwise = flops.count(Scan(), torch.zeros(2, 3, 4))
     numbers = 2 * 3 * 4 * 8  # b D L N: delta A, its exponential, delta u B, and the recurrence after its first step
     others = 2 * 3 * 4 + 2 * 8 * 4  # delta u, and a copy of C
     assert round(pointwise * 1e9) == 3 * numbers + numbers * 3 // 4 + others

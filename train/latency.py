@@ -9,11 +9,7 @@ the wall clock, and eager rows are timed in turns, a call of each in every round
 slows all alike.
 Compare only rows of one call on one machine with one number of threads: more threads do not help all students alike.
 The quartiles beside the median show how steady it was.
-
-What is counted for one input, on the plain definitions of the scans:
-  gflops           matrix products, convolutions and attention, two for a multiplication with its addition
-  gops_pointwise   numbers written by elementwise operations, copies among them, and running sums: activations, scales,
-                   and the recurrences of state spaces, which gflops does not see. Norms and softmax are in neither.
+What is counted beside it: flops.py.
 """
 
 import copy
@@ -30,10 +26,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from train import students
+from train.flops import count
 from train.students import scan
 from train.students.fold import fold
 
@@ -68,20 +63,6 @@ class Row:
     channels_last: bool = False
 
 
-class _PointwiseCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the numbers that elementwise operations write."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if torch.Tag.pointwise in func.tags or func is torch.ops.aten.cumsum.default:
-            self.total += out.numel()
-        return out
-
-
 class _TextTower(nn.Module):
     """open_clip has two kinds of models; in one of them the text tower is no module of its own."""
 
@@ -92,14 +73,6 @@ class _TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         features: Tensor = self.model.encode_text(tokens)
         return features
-
-
-def count(tower: nn.Module, inputs: Tensor) -> tuple[float, float]:
-    """(gflops, gops_pointwise) of a call, without running it: on the meta device, the scans by their definitions."""
-    nowhere = copy.deepcopy(tower).to("meta")
-    with torch.enable_grad(), _PointwiseCounter() as pointwise, FlopCounterMode(display=False) as flops:
-        nowhere(inputs.to("meta"))
-    return flops.get_total_flops() / 1e9, pointwise.total / 1e9
 
 
 def measure(
